@@ -1,0 +1,1 @@
+"""What a course hands out beside the assignment: configuration, data, checkpoints, screens."""

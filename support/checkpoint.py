@@ -1,0 +1,194 @@
+"""Model weights: written whole or not at all, read without trusting the file, found when not named."""
+
+import dataclasses
+import io
+import math
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiktoken
+import torch
+from torch import nn
+
+from model import DecoderLM
+from support.config import ModelConfig, TrainingConfig, load_config
+from support.errors import UserError, check
+from support.files import atomic_file
+from support.hardware import choose_hardware
+from support.screen import count
+from support.tokenizer import get_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+WRAPPERS = ("_orig_mod.", "module.")  # prefixes that torch.compile and DistributedDataParallel add
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write the model's state_dict, tensors only, as `path`. May raise OSError."""
+    weights = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
+    save_tensors(weights, path)
+
+
+def save_tensors(values: dict, path: Path) -> None:
+    """torch.save to memory first, so that a full disk is an OSError of this file and nothing else."""
+    buffer = io.BytesIO()
+    torch.save(values, buffer)
+    with atomic_file(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def load_archive(path: Path, most_bytes: float) -> dict:
+    """The dict that torch.save wrote, never running code from it.
+
+    Raises UserError when it cannot be read, is damaged (every byte counts in a CRC, which torch.load
+    itself does not compare), asks for anything but plain tensors, or unpacks to more than most_bytes.
+    """
+    remedy = "copy it again or train the model anew"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            n_bytes = sum(entry.file_size for entry in archive.infolist())
+            check(
+                n_bytes <= most_bytes,
+                f"{path}: declares {n_bytes / 2**20:.1f} MiB, far from the {most_bytes / 2**20:.1f} MiB at most "
+                "that its configuration needs; check that the two belong together",
+            )
+            damaged = archive.testzip()
+            check(damaged is None, f"{path}: damaged ('{damaged}' fails its checksum); {remedy}")
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; train one with python train.py") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, not a checkpoint; give the model.pt in it") from None
+    except zipfile.BadZipFile:
+        start = path.read_bytes()[:64].lstrip()
+        what = "empty" if not start else "a web page" if start.startswith(b"<") else "truncated or foreign"
+        raise UserError(f"{path}: no PyTorch checkpoint but {what}; {remedy}") from None
+    except Exception as error:  # a foreign or hostile archive fails in a dozen ways; none may run or trace back
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"{path}: holds more than plain tensors, or is damaged ({reason}); {remedy}") from None
+    check(isinstance(values, dict), f"{path}: holds a {type(values).__name__}, not a state dict; {remedy}")
+    return values
+
+
+def load_weights(model: DecoderLM, path: Path, config: ModelConfig) -> None:
+    """Load `path` into the model, checked against its configuration.
+
+    Prefixes of compiled or distributed models are stripped, half precision is widened and a missing
+    scale_factor, which is no learned weight, stays as the model made it.
+    """
+    wanted = model.state_dict()
+    n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in wanted.values())
+    state = load_archive(path, most_bytes=2.1 * n_bytes + 2**20)  # 2: a float64 file; the rest: its index
+    for prefix in WRAPPERS:
+        state = {str(key).removeprefix(prefix): value for key, value in state.items()}
+
+    _compare_fields(state, wanted, config, path)
+    for key, expected in wanted.items():
+        if key not in state and key.endswith("scale_factor"):
+            state[key] = expected
+        check(key in state, f"{path}: the tensor '{key}' is missing; it is not a checkpoint of this model")
+        tensor = state[key]
+        check(
+            isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.shape == expected.shape,
+            f"{path}: '{key}' is {_describe(tensor)} where {_describe(expected)} is expected",
+        )
+        check(
+            bool(torch.isfinite(tensor).all()),
+            f"{path}: '{key}' holds values that are not finite; the run diverged, use another checkpoint",
+        )
+    for key in state:
+        check(key in wanted, f"{path}: the tensor '{key}' is unknown; it is not a checkpoint of this model")
+    model.load_state_dict(state)
+
+
+def _describe(value) -> str:
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+
+
+def _compare_fields(state: dict, wanted: dict, config: ModelConfig, path: Path) -> None:
+    """Name the first field of the configuration that the shapes contradict."""
+
+    def fields(tensors: dict) -> dict[str, int]:
+        found = {}
+        for key, names in (
+            ("token_embeddings.weight", ("n_vocab", "n_embd")),
+            ("position_embeddings.weight", ("n_positions", "n_embd")),
+        ):
+            if isinstance(tensors.get(key), torch.Tensor) and tensors[key].dim() == 2:
+                found |= dict(zip(names, tensors[key].shape, strict=True))
+        blocks = {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
+        found["n_layer"] = len(blocks)
+        scale = tensors.get("blocks.0.mha.scale_factor")
+        if isinstance(scale, torch.Tensor) and scale.numel() == 1 and float(scale) > 0:
+            found["n_head"] = round(config.n_embd * float(scale) ** 2)  # scale = 1 / sqrt(D / H)
+        return found
+
+    theirs, ours = fields(state), fields(wanted)
+    for name in ("n_vocab", "n_embd", "n_positions", "n_layer", "n_head"):
+        if name in theirs and name in ours and theirs[name] != ours[name]:
+            raise UserError(
+                f"{path}: its weights have {name} = {theirs[name]}, but its configuration says "
+                f"{name} = {ours[name]}; give the config.yaml that belongs to it"
+            )
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model ready for use, and where it came from."""
+
+    model: DecoderLM
+    config: TrainingConfig
+    tokenizer: tiktoken.Encoding
+    device: torch.device
+    path: Path
+    how_found: str
+
+    @property
+    def folder(self) -> Path:
+        """Where results of this model go."""
+        return self.path.parent
+
+    def facts(self) -> dict[str, str]:
+        """What a command says about it."""
+        n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return {
+            "model": f"{self.path}, {count(n_parameters, 'parameters')} ({self.how_found})",
+            "device": str(choose_hardware()),
+        }
+
+
+def load_trained_model(config_path: str | None, checkpoint: str | None) -> TrainedModel:
+    """The model that the two flags name, or else the newest one; on the best device there is."""
+    path, how_found = find_checkpoint(config_path, checkpoint)
+    check(path.is_file(), f"{path}: no such checkpoint; train one with python train.py")
+    beside = path.parent / "config.yaml"
+    check(
+        config_path is not None or beside.exists(),
+        f"{beside}: missing, so the shape of {path} is unknown; name its YAML with --config",
+    )
+    config = load_config(config_path or str(beside))
+    hardware = choose_hardware()
+    tokenizer = get_tokenizer(config.tokenizer_encoding)
+    model = DecoderLM(tokenizer.n_vocab, **dataclasses.asdict(config.model_config))
+    load_weights(model, path, config.model_config)
+    return TrainedModel(model.to(hardware.device).eval(), config, tokenizer, hardware.device, path, how_found)
+
+
+def find_checkpoint(config_path: str | None, checkpoint: str | None) -> tuple[Path, str]:
+    """The checkpoint's path and how it was chosen. Raises UserError when there is none."""
+    if checkpoint:
+        return Path(checkpoint), "as named"
+    if config_path:
+        return Path(load_config(config_path).output_dir) / "model.pt", f"output_dir of {config_path}"
+    runs = [path for folder in {Path.cwd(), ROOT} for path in folder.glob("outputs/*/model.pt")]
+    if runs:
+        newest = max(runs, key=lambda path: path.stat().st_mtime)
+        return Path(os.path.relpath(newest)), "the newest in outputs/; name another to use that"
+    if (ROOT / "model.pt").exists():
+        return Path(os.path.relpath(ROOT / "model.pt")), "the one that comes with the package; name another to use that"
+    raise UserError("no trained model found; train one with python train.py configs/GPT-tiny.yaml")

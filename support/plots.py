@@ -1,0 +1,75 @@
+"""The figures: the training curve and the histogram of p(positive)."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from support.files import atomic_file
+
+INK, TRAIN, RATE, BAD, GOOD = "#333333", "#1f6fb2", "#d98c2b", "#c2513c", "#2f8f6b"
+
+
+def _figure(width: float, height: float, n_rows: int = 1, **kwargs):
+    # Without a home to write to, matplotlib would warn of its cache at every start.
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    import matplotlib.pyplot as plt
+
+    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK}
+    with plt.rc_context(style):
+        return plt.subplots(n_rows, 1, figsize=(width, height), layout="constrained", **kwargs)
+
+
+def _save(figure, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=130)
+    plt.close(figure)
+
+
+def plot_curve(
+    metrics: dict[str, np.ndarray], val_loss: float, ln_vocab: float, unigram: float, title: str, path: Path
+) -> None:
+    """Train loss with its two reference lines above, learning rate below, both over steps."""
+    figure, (above, below) = _figure(
+        8, 6, n_rows=2, sharex=True, gridspec_kw={"height_ratios": [3, 1]}
+    )
+    steps = metrics["step"]
+    above.plot(steps, metrics["loss"], color=TRAIN, alpha=0.25, linewidth=0.8, label="each step")
+    above.plot(steps, metrics["train-loss"], color=TRAIN, linewidth=1.8, label="mean of the last 20 steps")
+    above.axhline(ln_vocab, color=INK, linestyle=":", linewidth=1, label=f"uniform guess, ln V = {ln_vocab:.2f}")
+    above.axhline(
+        unigram, color=INK, linestyle="--", linewidth=1, label=f"word frequencies only = {unigram:.2f}"
+    )
+    if np.isfinite(val_loss):
+        above.plot(
+            steps[-1:], [val_loss], "o", color=GOOD, clip_on=False, label=f"validation = {val_loss:.3f}"
+        )
+    above.set_ylabel("loss (nats per token)")
+    above.set_title(title)
+    above.legend(frameon=False)
+    below.plot(steps, metrics["learning-rate"], color=RATE, linewidth=1.8)
+    below.set_ylabel("learning rate")
+    below.set_xlabel("training step")
+    below.set_ylim(bottom=0)
+    below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    _save(figure, path)
+
+
+def plot_classification(
+    p: np.ndarray, labels: np.ndarray, boundaries: dict[str, float], title: str, path: Path
+) -> None:
+    """Histograms of p(positive) for the truly bad and good texts, with the decision boundaries."""
+    figure, axes = _figure(8, 4.5)
+    bins = np.linspace(min(p.min(), 0.5), max(p.max(), 0.5) + 1e-6, 41)
+    for label, name, colour in ((0, "bad", BAD), (1, "good", GOOD)):
+        n = int((labels == label).sum())
+        axes.hist(p[labels == label], bins, color=colour, alpha=0.55, label=f"truly {name} ({n} texts)")
+    for (name, boundary), line in zip(boundaries.items(), (":", "--"), strict=True):
+        axes.axvline(boundary, color=INK, linestyle=line, label=f"{name} boundary = {boundary:.3f}")
+    axes.set_xlabel('p(positive): share of " good" against " bad" as the next token')
+    axes.set_ylabel("texts")
+    axes.set_title(title)
+    axes.legend(frameon=False)
+    _save(figure, path)

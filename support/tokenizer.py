@@ -1,0 +1,54 @@
+"""GPT-2's byte-pair tokenizer from the bundled vocabulary: the same with and without a network.
+
+    >>> get_tokenizer().encode_ordinary("Hello world")
+    [15496, 995]
+
+Use `encode_ordinary` for text from outside: it reads a literal `<|endoftext|>` as plain characters,
+where `encode` raises.
+"""
+
+import base64
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from support.errors import UserError, did_you_mean
+
+VOCABULARY = Path(__file__).resolve().parent.parent / "data" / "gpt2.tiktoken"
+VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+
+
+@lru_cache
+def get_tokenizer(name: str = "gpt2") -> tiktoken.Encoding:
+    """The encoding called `name`: 50,257 tokens, `eot_token` 50256. Only "gpt2" is bundled.
+
+    Raises UserError for another name, and for a vocabulary file that is missing or altered.
+    """
+    if name != "gpt2":
+        raise UserError(
+            f"tokenizer_encoding '{name}' is not bundled with this package; {did_you_mean(name, ['gpt2'])}"
+        )
+    try:
+        vocabulary = VOCABULARY.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{VOCABULARY}: the tokenizer's vocabulary cannot be read ({error.strerror}); "
+            "restore it with `git checkout -- data/gpt2.tiktoken`"
+        ) from None
+    # One altered line would shift token ids without any error, so the file is compared as a whole.
+    if hashlib.sha256(vocabulary).hexdigest() != VOCABULARY_SHA256:
+        raise UserError(
+            f"{VOCABULARY}: the tokenizer's vocabulary is not the published one (its sha256 differs); "
+            "restore it with `git checkout -- data/gpt2.tiktoken`"
+        )
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, vocabulary.splitlines())}
+    return tiktoken.Encoding(
+        name="gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 50256},
+        explicit_n_vocab=50257,
+    )

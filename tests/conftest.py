@@ -1,0 +1,129 @@
+"""What every test starts from: the graded files on the path, no network, fixed seeds, one small tokenizer."""
+
+import os
+import random
+import socket
+import sys
+from pathlib import Path
+
+# Before anything imports wandb or a Hugging Face package: neither may ask for an account or a network.
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["WANDB_SILENT"] = "true"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+TESTS = Path(__file__).resolve().parent
+# The root comes first, so that `support` is the package of the root and never the folder tests/support.
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+pytest_plugins = ["points"]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "soak: a long test, left out unless -m names it")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "soak" in config.option.markexpr:
+        return
+    soak = [item for item in items if item.get_closest_marker("soak")]
+    if soak:
+        items[:] = [item for item in items if item not in soak]
+        config.hook.pytest_deselected(items=soak)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network():
+    """Any connection that leaves this machine fails with a message; loopback and Unix sockets stay open."""
+
+    def is_local(host) -> bool:
+        host = host.decode() if isinstance(host, bytes) else host
+        return not host or host in ("localhost", "::1") or str(host).startswith("127.")
+
+    def guard(method):
+        def guarded(self, *args):
+            address = args[-1]  # connect(address), sendto(data[, flags], address)
+            if self.family in (socket.AF_INET, socket.AF_INET6) and not is_local(address[0]):
+                raise OSError(
+                    f"tests run without network, but something called {method.__name__}({address!r})"
+                )
+            return method(self, *args)
+
+        return guarded
+
+    resolve = socket.getaddrinfo
+
+    def guarded_resolve(host, *args, **kwargs):
+        if not is_local(host):
+            raise OSError(f"tests run without network, but something looked up {host!r}")
+        return resolve(host, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex", "sendto"):
+            patch.setattr(socket.socket, name, guard(getattr(socket.socket, name)))
+        patch.setattr(socket, "getaddrinfo", guarded_resolve)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds_and_torch_state():
+    """Every test starts from the same seeds and leaves torch's global switches as it found them."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    precision, deterministic = (
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    random.seed(667)
+    np.random.seed(667)
+    torch.manual_seed(667)
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call alone imports the compiler
+        torch.use_deterministic_algorithms(deterministic)
+    torch.set_grad_enabled(True)
+
+
+@pytest.fixture(scope="session")
+def ascii_tokenizer():
+    """A real tiktoken.Encoding of 129 tokens: one for each ASCII character, and <|endoftext|>.
+
+    Text and token ids are the same thing here, so that a generated text tells which tokens were chosen.
+    """
+    tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is missing: pip install -r requirements.txt")
+    return tiktoken.Encoding(
+        "ascii",
+        pat_str=r"[\s\S]",
+        mergeable_ranks={bytes([i]): i for i in range(128)},
+        special_tokens={"<|endoftext|>": 128},
+        explicit_n_vocab=129,
+    )
+
+
+@pytest.fixture(scope="session")
+def randomise():
+    """randomise(model, seed=0): give every parameter values for which it, and every token, matters.
+
+    After GPT-2's initialisation the blocks add next to nothing, and most mistakes in them would not show.
+    The values depend on names and shapes alone, not on how the model was built.
+    """
+
+    @torch.no_grad()
+    def randomise(model, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("bias"):
+                noise = 0.2 * noise
+            elif parameter.dim() == 1:  # LayerNorm weights
+                noise = 1.0 + 0.3 * noise
+            elif "embeddings" not in name:
+                noise = 3.0 * noise / parameter.shape[-1] ** 0.5
+            parameter.copy_(noise)
+        return model
+
+    return randomise

@@ -1,0 +1,212 @@
+"""Points per question and readable failures: a pytest plugin for the student's tests.
+
+A test counts for a group when it, or its class, carries `@pytest.mark.question("1.3", "embed")`. A group
+gives all its points when every test of it passed, else none; a skipped test counts neither way. `pytest tests/`
+ends with the table of questions; `--points-json FILE` also writes it in the form of Gradescope's results.json.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+# (question, part) -> (points, test file); questions and totals are the handout's.
+GROUPS = {
+    ("1.3", "q_kT_v"): (5, "test_model.py"),
+    ("1.3", "self_attention"): (5, "test_model.py"),
+    ("1.3", "FeedForward and DecoderBlock"): (5, "test_model.py"),
+    ("1.3", "embed"): (5, "test_model.py"),
+    ("1.3", "DecoderLM"): (5, "test_model.py"),
+    ("2.1", "train"): (4, "test_train.py"),
+    ("2.1", "random_batch_sampler"): (4, "test_train.py"),
+    ("2.1", "sequential_batch_sampler"): (4, "test_train.py"),
+    ("2.1", "cosine_lr_schedule"): (4, "test_train.py"),
+    ("2.1", "compute_language_modeling_loss"): (4, "test_train.py"),
+    ("3.1", "softmax_with_temperature"): (4, "test_generate.py"),
+    ("3.1", "generate"): (6, "test_generate.py"),
+    ("3.4", "score"): (6, "test_classify.py"),
+    ("3.4", "classify_binary_sentiment"): (4, "test_classify.py"),
+}
+PERPLEXITY_POINTS = 20  # question 2.6, graded on a test set that students do not have
+
+
+def check_close(
+    actual, expected, what: str, mistakes: dict | None = None, hint: str = "", atol: float = 1e-5
+):
+    """Assert equality up to `atol` (and 1e-5 relative); the first line of a failure names the likely mistake.
+
+    Args:
+        actual, expected: tensors, or what torch.as_tensor takes, of one shape.
+        what: the value under test, as the message's subject.
+        mistakes: what a usual mistake would have given, by its name; the one that equals `actual` is named.
+        hint: what to look at when `actual` equals none of them.
+    """
+    __tracebackhide__ = True
+    actual, expected = _as_float64(actual), _as_float64(expected)
+    wrong = {name: _as_float64(value) for name, value in (mistakes or {}).items()}
+    for name, value in wrong.items():
+        if _close(value, expected, atol):
+            raise ValueError(f"this test cannot tell '{name}' from the right {what}: choose other inputs")
+    if _close(actual, expected, atol):
+        return
+    looks_like = [name for name, value in wrong.items() if _close(actual, value, atol)]
+    guess = f"; looks like: {' or '.join(looks_like)}" if looks_like else (f"; {hint}" if hint else "")
+    if actual.shape != expected.shape:
+        raise AssertionError(
+            f"{what}: expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}{guess}"
+        )
+    difference = (actual - expected).abs()
+    difference[actual == expected] = 0.0  # equal infinities
+    difference[difference.isnan()] = torch.inf
+    place = [int(i) for i in torch.unravel_index(difference.argmax(), difference.shape)]
+    at = f" at {place}" if place else ""
+    right, got = expected[tuple(place)].item(), actual[tuple(place)].item()
+    raise AssertionError(f"{what}: expected {right:.6g}{at}, got {got:.6g}{guess}")
+
+
+def _as_float64(value) -> torch.Tensor:
+    return torch.as_tensor(value).detach().cpu().to(torch.float64)
+
+
+def _close(a, b, atol) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=atol)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--points-json", metavar="FILE", help="also write the points as Gradescope's results.json"
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "question(number, part): the test counts for this group of points")
+    # One file that does not import must not cost the points of the others.
+    config.option.continue_on_collection_errors = True
+    config.pluginmanager.register(Tally(config), "points-tally")
+
+
+class Tally:
+    """Collects the outcome of every graded test and prints the table at the end."""
+
+    def __init__(self, config):
+        self.config = config
+        self.group_of = {}  # node id -> group
+        self.outcomes = {}  # node id -> "passed", "failed" or "skipped"
+        self.messages = {}  # node id -> first line of the failure
+        self.deselected = set()  # groups of which tests were left out
+        self.broken = {}  # test file that could not be loaded -> the reason
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items):
+        for item in items:
+            if marker := item.get_closest_marker("question"):
+                if marker.args not in GROUPS:
+                    raise pytest.UsageError(f"{item.nodeid}: unknown group of points {marker.args}")
+                self.group_of[item.nodeid] = marker.args
+
+    def pytest_deselected(self, items):
+        self.deselected |= {self.group_of.pop(i.nodeid) for i in items if i.nodeid in self.group_of}
+
+    def pytest_collectreport(self, report):
+        name = Path(report.nodeid.split("::")[0]).name
+        if report.failed and name in {file for _, file in GROUPS.values()}:
+            lines = [line.strip("E ") for line in str(report.longrepr).splitlines() if line.startswith("E  ")]
+            self.broken[name] = lines[-1] if lines else "see above"
+
+    def pytest_runtest_logreport(self, report):
+        if report.nodeid not in self.group_of or hasattr(report, "wasxfail"):
+            return
+        if report.failed:
+            self.outcomes[report.nodeid] = "failed"
+            crash = getattr(report.longrepr, "reprcrash", None)
+            message = crash.message if crash else str(report.longrepr)
+            self.messages.setdefault(report.nodeid, message.splitlines()[0] if message else "failed")
+        elif report.skipped or report.when == "call":
+            self.outcomes.setdefault(report.nodeid, report.outcome)
+
+    def rows(self) -> list[dict]:
+        """One row per group that was collected, or whose file could not be loaded; points None: undecided."""
+        rows = []
+        for group, (points, file) in GROUPS.items():
+            nodes = [node for node, its_group in self.group_of.items() if its_group == group]
+            row = {"question": group[0], "part": group[1], "max": points, "points": None, "output": ""}
+            outcomes = [self.outcomes.get(node) for node in nodes]
+            ran = [outcome for outcome in outcomes if outcome in ("passed", "failed")]
+            row["tests"] = f"{ran.count('passed')} of {len(ran)}"
+            if file in self.broken:
+                row |= {
+                    "tests": "0 of 0",
+                    "points": 0,
+                    "output": f"{file} could not be loaded: {self.broken[file]}",
+                }
+            elif not nodes:
+                continue
+            elif "failed" in ran:
+                failed = [f"{n.split('::', 1)[1]}: {self.messages[n]}" for n in nodes if n in self.messages]
+                row |= {"points": 0, "output": "\n".join(failed)}
+            elif None in outcomes or group in self.deselected:
+                row["output"] = "partial: not all tests of this group were run"
+            elif not ran:
+                row["output"] = "skipped"
+            else:
+                row["points"] = points
+            rows.append(row)
+        return rows
+
+    def notes(self, rows) -> list[str]:
+        notes = []
+        if left_out := len(GROUPS) - len(rows):
+            notes.append(f"partial run: {left_out} of the {len(GROUPS)} groups of points were not run")
+        if (
+            self.deselected
+            or any("::" in str(arg) for arg in self.config.args)
+            or self.config.getoption("lf", False)
+        ):
+            notes.append("partial run: tests were chosen by name or mark; points hold for a run of all tests")
+        return notes
+
+    def pytest_terminal_summary(self, terminalreporter):
+        rows = self.rows()
+        if not rows or self.config.option.collectonly:
+            return
+        terminalreporter.section("points")
+        line = "{:<10}{:<34}{:>12}{:>10}  {}".format
+        terminalreporter.write_line(line("question", "part", "tests passed", "points", "").rstrip())
+        for row in rows:
+            points = f"{'–' if row['points'] is None else row['points']} / {row['max']}"
+            remark = row["output"] if row["points"] is None or row["tests"] == "0 of 0" else ""
+            terminalreporter.write_line(
+                line(row["question"], row["part"], row["tests"], points, remark).rstrip()
+            )
+        if any(row["question"] == "2.1" for row in rows):
+            points, remark = f"– / {PERPLEXITY_POINTS}", "not gradable without the test data"
+            terminalreporter.write_line(line("2.6", "perplexity of model.pt under 50", "", points, remark))
+        total, possible = _total(rows)
+        terminalreporter.write_line(line("total", "", "", f"{total} / {possible}", "").rstrip())
+        for note in self.notes(rows):
+            terminalreporter.write_line(note)
+        if path := self.config.getoption("points_json"):
+            Path(path).write_text(json.dumps(self.results(rows), indent=2) + "\n", encoding="utf-8")
+            terminalreporter.write_line(f"points written to {path}")
+
+    def results(self, rows) -> dict:
+        """The table in the form of Gradescope's results.json; groups without a decision are left out."""
+        tests = [
+            {
+                "name": f"{row['question']} {row['part']}",
+                "score": row["points"],
+                "max_score": row["max"],
+                "output": row["output"] or f"{row['tests']} tests passed",
+            }
+            for row in rows
+            if row["points"] is not None
+        ]
+        undecided = [f"{r['question']} {r['part']}: {r['output']}" for r in rows if r["points"] is None]
+        output = "\n".join(self.notes(rows) + undecided + ["2.6 is graded on the course's test data"])
+        return {"score": _total(rows)[0], "output": output, "tests": tests}
+
+
+def _total(rows) -> tuple[int, int]:
+    decided = [row for row in rows if row["points"] is not None]
+    return sum(row["points"] for row in decided), sum(row["max"] for row in decided)

@@ -1,0 +1,399 @@
+"""Train the language model from a YAML file (question 2.1).
+
+    python train.py configs/GPT-tiny.yaml                        train, evaluate, save
+    python train.py configs/GPT-tiny.yaml --data my.txt          on a text of your own
+    python train.py configs/GPT-tiny.yaml --set max_lr=1e-3      with another value for a key
+    python train.py configs/GPT-tiny.yaml --dry-run              only say what it would take
+    python train.py configs/GPT-tiny.yaml --evaluate model.pt    only evaluate a checkpoint
+
+Shapes: B sequences in a batch, S tokens in each, D hidden size, V vocabulary size, N = B (S - 1)
+predictions.
+"""
+
+import argparse
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import wandb
+from torch import nn
+
+from model import DecoderLM
+
+RUNNING_MEAN_STEPS = 20  # steps averaged in the reported train-loss
+
+
+# ---------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------
+
+
+def random_batch_sampler(
+    tokens: torch.Tensor | np.ndarray, device: torch.device | str, batch_size: int, seq_len: int
+) -> Iterator[torch.Tensor]:
+    """Yield (B, S) int64 batches of rows from anywhere in the corpus, for ever.
+
+    Every start position, the last one included, is equally likely; draws come from torch's global
+    generator. The corpus may be memory-mapped and of any integer type: only the rows drawn are read
+    and widened. Raises ValueError when it is shorter than one row.
+    """
+    tokens = _as_array(tokens)
+    n_starts = len(tokens) - seq_len + 1
+    if n_starts < 1:
+        raise ValueError(f"a corpus of {len(tokens)} tokens has no row of seq_len = {seq_len}")
+    offsets = np.arange(seq_len)
+    while True:
+        starts = torch.randint(n_starts, (batch_size, 1)).numpy()
+        yield torch.from_numpy(tokens[starts + offsets].astype(np.int64)).to(device)
+
+
+def sequential_batch_sampler(
+    tokens: torch.Tensor | np.ndarray,
+    device: torch.device | str,
+    batch_size: int,
+    seq_len: int,
+    *,
+    drop_last: bool = True,
+) -> Iterator[torch.Tensor]:
+    """Yield (B, S) int64 batches that pass once through the corpus, in its order.
+
+    An incomplete last batch is dropped, or, with drop_last=False, yielded with fewer rows. Tokens after
+    the last full row are never used.
+    """
+    tokens = _as_array(tokens)
+    n_rows = len(tokens) // seq_len
+    if drop_last:
+        n_rows -= n_rows % batch_size
+    for row in range(0, n_rows, batch_size):
+        rows = min(batch_size, n_rows - row)
+        batch = tokens[row * seq_len : (row + rows) * seq_len].reshape(rows, seq_len)
+        yield torch.from_numpy(batch.astype(np.int64)).to(device)
+
+
+def _as_array(tokens: torch.Tensor | np.ndarray) -> np.ndarray:
+    """The same tokens as an array: numpy can index every integer type and memory-mapped files."""
+    return tokens.cpu().numpy() if isinstance(tokens, torch.Tensor) else tokens
+
+
+# ---------------------------------------------------------------------------------------------------
+# Learning rate
+# ---------------------------------------------------------------------------------------------------
+
+
+def cosine_lr_schedule(
+    num_warmup_steps: int, num_training_steps: int, min_lr: float, max_lr: float
+) -> Callable[[int], float]:
+    """Linear warm-up, then half a cosine down to min_lr (Loshchilov and Hutter 2017, "SGDR", eq. 5).
+
+    With a = num_warmup_steps and b = num_training_steps, the learning rate of step t is
+
+        max_lr t / a                                                      for t in [0, a)
+        min_lr + (max_lr - min_lr) (1 + cos(pi (t - a) / (b - a))) / 2    for t in [a, b)
+        min_lr                                                            for t >= b
+    """
+
+    def lr_at(t: int) -> float:
+        if t < num_warmup_steps:
+            return max_lr * t / num_warmup_steps
+        if t >= num_training_steps:
+            return min_lr
+        progress = (t - num_warmup_steps) / (num_training_steps - num_warmup_steps)  # in [0, 1)
+        return min_lr + (max_lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    return lr_at
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+# ---------------------------------------------------------------------------------------------------
+# Loss
+# ---------------------------------------------------------------------------------------------------
+
+
+def compute_language_modeling_loss(input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of each next token: input_ids (B, S), logits (B, S, V) -> scalar, in nats.
+
+    The logits at position s predict the token at s + 1, so the last position has no label and the first
+    token is predicted by none: B (S - 1) predictions. This is the definition; `LanguageModelingLoss`
+    computes the same without ever holding all logits.
+    """
+    predictions = logits[:, :-1].flatten(end_dim=1)  # (N, V)
+    labels = input_ids[:, 1:].flatten()  # (N,)
+    return F.cross_entropy(predictions, labels)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross entropy of hidden (N, D) @ weight.T (V, D) against labels (N,), a few rows at a time.
+
+    The gradients are computed in the forward pass while a chunk's logits are still in cache, so each
+    logit is written once and never kept. With p = softmax(logits), the gradient of a row's loss by its
+    logits is p - onehot(label). Working in base 2 is exact too and saves time: exp2 is the faster
+    exponential, and log2(e) is multiplied into the (N, D) hidden states, not the (N, V) logits.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, rows):
+        n = len(hidden)
+        need_grad = any(ctx.needs_input_grad)
+        hidden_grad = torch.empty_like(hidden) if need_grad else None
+        weight_grad = torch.zeros_like(weight) if need_grad else None
+        buffer = hidden.new_empty(min(rows, n), len(weight))
+        nats = hidden.new_zeros(())
+        for start in range(0, n, rows):
+            h = hidden[start : start + rows]
+            label = labels[start : start + rows, None]
+            logits = torch.mm(h * math.log2(math.e), weight.T, out=buffer[: len(h)])
+            highest = logits.amax(dim=1, keepdim=True)
+            of_label = logits.gather(1, label)
+            p = logits.sub_(highest).exp2_()  # in place; not yet divided by its sum
+            total = p.sum(dim=1, keepdim=True)
+            nats += (total.log2() + highest - of_label).sum() / math.log2(math.e)
+            if need_grad:
+                p.scatter_add_(1, label, -total)
+                scale = 1 / (total * n)  # divides a row of p by its sum, and takes the mean
+                hidden_grad[start : start + rows] = torch.mm(p, weight) * scale
+                weight_grad.addmm_(p.T, h * scale)
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        return nats / n
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return hidden_grad * grad, weight_grad * grad, None, None
+
+
+class LanguageModelingLoss(nn.Module):
+    """input_ids (B, S) -> `compute_language_modeling_loss(input_ids, model(input_ids))`, in little memory.
+
+    At V = 50257 the (B, S, V) logits and their gradient are nearly the whole memory and time of a small
+    model. Here only `rows` rows of them exist at any moment. The loss is computed in the precision of
+    the weights (float32), outside autocast.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self.model, "hidden_states"):
+            return compute_language_modeling_loss(input_ids, self.model(input_ids))
+        hidden = self.model.hidden_states(input_ids)[:, :-1].flatten(end_dim=1)  # (N, D)
+        weight = self.model.token_embeddings.weight  # (V, D), tied
+        labels = input_ids[:, 1:].flatten()
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.to(weight.dtype)
+            if hidden.device.type != "cpu":  # the library's chunks keep a GPU busy without waiting for it
+                options = nn.LinearCrossEntropyOptions(batch_chunk_size=4096)
+                return F.linear_cross_entropy(hidden, weight, labels, options=options)
+            rows = min(max(32, hidden.shape[1]), 512)  # more columns in the products ask for more rows
+            return _ChunkedCrossEntropy.apply(hidden, weight, labels, rows)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training and evaluation
+# ---------------------------------------------------------------------------------------------------
+
+
+class StepResult(NamedTuple):
+    """What happened in one training step, as `train` tells it to `on_step`."""
+
+    step: int
+    loss: float  # mean of this step's micro-batch losses, nats per token
+    train_loss: float  # mean over the last RUNNING_MEAN_STEPS steps
+    learning_rate: float
+
+
+def train(
+    model: nn.Module,
+    batch_sampler: Iterator[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    lr_schedule: Callable[[int], float],
+    autocast: AbstractContextManager = nullcontext(),  # noqa: B008 (stateless)
+    num_training_steps: int = 0,
+    grad_accumulation_steps: int = 1,
+    *,
+    start_step: int = 0,
+    on_step: Callable[[StepResult], None] | None = None,
+) -> None:
+    """Train the model in place for the steps start_step .. num_training_steps - 1.
+
+    Each step sets lr_schedule(step), draws grad_accumulation_steps micro-batches and updates the weights
+    once with the gradient of their mean loss. The train-loss and learning rate go to the active W&B run,
+    if there is one. `on_step` is called after each step; if it has an attribute `recent_losses` (a
+    deque), the running mean lives there and so can be continued by a later call.
+
+    Raises FloatingPointError before the weights change when a loss is not finite.
+    """
+    loss_of = LanguageModelingLoss(model)
+    loss_of.train()
+    batches = iter(batch_sampler)
+    recent_losses = getattr(on_step, "recent_losses", deque(maxlen=RUNNING_MEAN_STEPS))
+    log_to_wandb = wandb.run is not None
+
+    for step in range(start_step, num_training_steps):
+        learning_rate = lr_schedule(step)
+        set_lr(optimizer, learning_rate)
+
+        optimizer.zero_grad()
+        losses = []
+        for _ in range(grad_accumulation_steps):
+            input_ids = next(batches)
+            with autocast:
+                loss = loss_of(input_ids)
+            # Divided, the micro-batches' gradients sum to the gradient of their mean loss.
+            (loss / grad_accumulation_steps).backward()
+            losses.append(loss.detach())
+
+        step_loss = torch.stack(losses).mean().item()
+        if not math.isfinite(step_loss):
+            raise FloatingPointError(
+                f"the loss is {step_loss} at step {step} (learning rate {learning_rate:.3g})"
+            )
+        optimizer.step()
+
+        recent_losses.append(step_loss)
+        result = StepResult(step, step_loss, sum(recent_losses) / len(recent_losses), learning_rate)
+        if log_to_wandb:
+            try:
+                wandb.log({"train-loss": result.train_loss, "learning-rate": learning_rate}, step=step)
+            except Exception as error:  # whatever fails there, hours of training are worth more
+                log_to_wandb = False
+                warnings.warn(f"W&B stopped logging at step {step} ({error})", stacklevel=2)
+        if on_step is not None:
+            on_step(result)
+
+
+def evaluate(
+    model: nn.Module,
+    batch_sampler: Iterator[torch.Tensor],
+    autocast: AbstractContextManager = nullcontext(),  # noqa: B008 (stateless)
+) -> dict[str, float]:
+    """Mean loss over all predicted tokens (nats per token), and the perplexity exp(loss).
+
+    Batches may differ in size: each counts by its predictions. The model's mode is restored.
+    Raises ValueError when there is no batch.
+    """
+    was_training = model.training
+    loss_of = LanguageModelingLoss(model).eval()
+    total_loss, n_predictions = 0.0, 0
+    try:
+        with torch.inference_mode():
+            for input_ids in batch_sampler:
+                B, S = input_ids.shape
+                with autocast:
+                    loss = loss_of(input_ids)
+                total_loss += loss.item() * B * (S - 1)
+                n_predictions += B * (S - 1)
+    finally:
+        model.train(was_training)
+    if n_predictions == 0:
+        raise ValueError("no batch to evaluate: the corpus is shorter than one batch")
+    val_loss = total_loss / n_predictions
+    return {"val-loss": val_loss, "val-perplexity": float(np.exp(val_loss))}
+
+
+def training_flops(
+    model: DecoderLM, num_training_steps: int, grad_accumulation_steps: int, batch_size: int, seq_len: int
+) -> int:
+    """FLOPs of a whole training run: those per token times the tokens trained on."""
+    n_tokens = num_training_steps * grad_accumulation_steps * batch_size * seq_len
+    return model.flops_per_token * n_tokens
+
+
+# ---------------------------------------------------------------------------------------------------
+# Command
+# ---------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, evaluate and save the model of a configuration; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Train the language model from a YAML file.")
+    parser.add_argument("config", help="YAML file, such as configs/GPT-tiny.yaml")
+    parser.add_argument("--data", help="token file, text, jsonl, or 'sample' (overrides the key data)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the YAML")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of continuing")
+    parser.add_argument("--dry-run", action="store_true", help="say what it would take, train nothing")
+    parser.add_argument("--evaluate", metavar="CHECKPOINT", help="evaluate these weights, train nothing")
+    args = parser.parse_args(argv)
+
+    from generate import generate
+    from support.checkpoint import load_weights
+    from support.config import load_config
+    from support.corpus import load_corpus
+    from support.errors import exit_on_user_error
+    from support.hardware import choose_hardware
+    from support.run import Run
+    from support.screen import show_evaluation
+    from support.tokenizer import get_tokenizer
+
+    with exit_on_user_error():
+        config = load_config(args.config, args.set, args.data)
+        hardware = choose_hardware(config.device)
+        device, autocast = hardware.device, hardware.autocast()
+        tokenizer = get_tokenizer(config.tokenizer_encoding)
+        corpus = load_corpus(config.data, tokenizer.n_vocab)
+        corpus.check_length(config.seq_len)
+
+        torch.manual_seed(config.seed)
+        model = DecoderLM(tokenizer.n_vocab, **vars(config.model_config)).to(device)
+
+        def validation_loss() -> tuple[dict[str, float], int]:
+            rows = len(corpus.val) // config.seq_len
+            batches = sequential_batch_sampler(
+                corpus.val, device, config.batch_size, config.seq_len, drop_last=False
+            )
+            return evaluate(model, batches, autocast), rows * (config.seq_len - 1)
+
+        if args.evaluate:
+            load_weights(model, args.evaluate, config.model_config)
+            show_evaluation(args.evaluate, corpus.name, *validation_loss(), config.seq_len)
+            return
+
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.max_lr,
+            betas=(0.9, 0.95),
+            weight_decay=config.weight_decay,
+            fused=hardware.fused,
+        )
+        lr_schedule = cosine_lr_schedule(
+            config.num_warmup_steps, config.num_training_steps, config.min_lr, config.max_lr
+        )
+        batches = random_batch_sampler(corpus.train, device, config.batch_size, config.seq_len)
+        work = (config.num_training_steps, config.grad_accumulation_steps)
+        flops = training_flops(model, *work, config.batch_size, config.seq_len)
+        run = Run(config, hardware, corpus, model, optimizer, flops)
+        run.show_header(f"train {args.config}")
+        if args.dry_run:
+            with run.stopwatch() as on_step:
+                train(model, batches, optimizer, lr_schedule, autocast, 6, work[1], on_step=on_step)
+            return
+
+        with run.open(args.fresh):
+            train(
+                model,
+                batches,
+                optimizer,
+                lr_schedule,
+                autocast,
+                *work,
+                start_step=run.start_step,
+                on_step=run,
+            )
+            prompt = "The city"
+            text = generate(model, device, tokenizer, [prompt], 1, temperature=0.7)[0]
+            run.finish(*validation_loss(), sample=(prompt, text))
+
+
+if __name__ == "__main__":
+    main()
