@@ -201,9 +201,7 @@ class DecoderLM(nn.Module):
 
         self.token_embeddings = nn.Embedding(n_vocab, n_embd)
         self.position_embeddings = nn.Embedding(n_positions, n_embd)
-        self.blocks = nn.ModuleList(
-            DecoderBlock(n_embd, n_head, p_dropout=p_dropout) for _ in range(n_layer)
-        )
+        self.blocks = nn.ModuleList(DecoderBlock(n_embd, n_head, p_dropout=p_dropout) for _ in range(n_layer))
         self.ln = nn.LayerNorm(n_embd)
         self.dropout = nn.Dropout(p_dropout)
         self._init_weights()

@@ -256,9 +256,7 @@ def train(
 
         step_loss = torch.stack(losses).mean().item()
         if not math.isfinite(step_loss):
-            raise FloatingPointError(
-                f"the loss is {step_loss} at step {step} (learning rate {learning_rate:.3g})"
-            )
+            raise FloatingPointError(f"the loss is {step_loss} at step {step} (learning rate {learning_rate:.3g})")
         optimizer.step()
 
         recent_losses.append(step_loss)

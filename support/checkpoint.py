@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import math
 import os
 import zipfile
 from dataclasses import dataclass
@@ -190,5 +189,5 @@ def find_checkpoint(config_path: str | None, checkpoint: str | None) -> tuple[Pa
         newest = max(runs, key=lambda path: path.stat().st_mtime)
         return Path(os.path.relpath(newest)), "the newest in outputs/; name another to use that"
     if (ROOT / "model.pt").exists():
-        return Path(os.path.relpath(ROOT / "model.pt")), "the one that comes with the package; name another to use that"
+        return Path(os.path.relpath(ROOT / "model.pt")), "it comes with the package; name another to use that"
     raise UserError("no trained model found; train one with python train.py configs/GPT-tiny.yaml")

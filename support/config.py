@@ -49,9 +49,7 @@ class TrainingConfig:
     grad_clip: float | None = None  # largest gradient norm; None: off
 
 
-def load_config(
-    path: str, overrides: typing.Sequence[str] = (), data: str | None = None
-) -> TrainingConfig:
+def load_config(path: str, overrides: typing.Sequence[str] = (), data: str | None = None) -> TrainingConfig:
     """Read and check a configuration; each override is `key=value` or `model_config.key=value`.
 
     `data` overrides the key of that name.

@@ -32,20 +32,14 @@ def plot_curve(
     metrics: dict[str, np.ndarray], val_loss: float, ln_vocab: float, unigram: float, title: str, path: Path
 ) -> None:
     """Train loss with its two reference lines above, learning rate below, both over steps."""
-    figure, (above, below) = _figure(
-        8, 6, n_rows=2, sharex=True, gridspec_kw={"height_ratios": [3, 1]}
-    )
+    figure, (above, below) = _figure(8, 6, n_rows=2, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     steps = metrics["step"]
     above.plot(steps, metrics["loss"], color=TRAIN, alpha=0.25, linewidth=0.8, label="each step")
     above.plot(steps, metrics["train-loss"], color=TRAIN, linewidth=1.8, label="mean of the last 20 steps")
     above.axhline(ln_vocab, color=INK, linestyle=":", linewidth=1, label=f"uniform guess, ln V = {ln_vocab:.2f}")
-    above.axhline(
-        unigram, color=INK, linestyle="--", linewidth=1, label=f"word frequencies only = {unigram:.2f}"
-    )
+    above.axhline(unigram, color=INK, linestyle="--", linewidth=1, label=f"word frequencies only = {unigram:.2f}")
     if np.isfinite(val_loss):
-        above.plot(
-            steps[-1:], [val_loss], "o", color=GOOD, clip_on=False, label=f"validation = {val_loss:.3f}"
-        )
+        above.plot(steps[-1:], [val_loss], "o", color=GOOD, clip_on=False, label=f"validation = {val_loss:.3f}")
     above.set_ylabel("loss (nats per token)")
     above.set_title(title)
     above.legend(frameon=False)

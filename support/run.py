@@ -34,9 +34,9 @@ EXPECTED_VAL_LOSS = {"smoke": 9.99, "GPT-tiny": 9.99}  # shipped configurations 
 class Run:
     """The folder of a training run, and the `on_step` hook of `train`.
 
-        with Run(config, hardware, corpus, model, optimizer, flops) as run:
-            train(…, start_step=run.start_step, on_step=run)
-            run.finish(evaluate(…), …)
+    with Run(config, hardware, corpus, model, optimizer, flops) as run:
+        train(…, start_step=run.start_step, on_step=run)
+        run.finish(evaluate(…), …)
     """
 
     def __init__(self, config: TrainingConfig, hardware, corpus: Corpus, model, optimizer, flops: int):
@@ -238,9 +238,7 @@ class Run:
         seconds = self.seconds + time.perf_counter() - self._started
         self._bar.close()
         val_loss = result["val-loss"]
-        write_json(
-            self.folder / "eval.json", {**result, "tokens-predicted": n_predictions, "seq_len": c.seq_len}
-        )
+        write_json(self.folder / "eval.json", {**result, "tokens-predicted": n_predictions, "seq_len": c.seq_len})
         write_atomically(self.folder / "config.yaml", dump_config(c))
         save_weights(self.model, self.folder / "model.pt")
         seconds_per_step = seconds / c.num_training_steps
