@@ -195,7 +195,7 @@ class LanguageModelingLoss(nn.Module):
             if hidden.device.type != "cpu":  # the library's chunks keep a GPU busy without waiting for it
                 options = nn.LinearCrossEntropyOptions(batch_chunk_size=4096)
                 return F.linear_cross_entropy(hidden, weight, labels, options=options)
-            rows = min(max(32, hidden.shape[1]), 512)  # more columns in the products ask for more rows
+            rows = min(max(32, hidden.shape[1]), 256)  # more columns in the products ask for more rows
             return _ChunkedCrossEntropy.apply(hidden, weight, labels, rows)
 
 

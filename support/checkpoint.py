@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import math
 import os
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,48 +15,50 @@ from torch import nn
 
 from model import DecoderLM
 from support.config import ModelConfig, TrainingConfig, load_config
-from support.errors import UserError, check
-from support.files import atomic_file
+from support.errors import UserError, check, first_line, is_out_of_memory
 from support.hardware import choose_hardware
 from support.screen import count
 from support.tokenizer import get_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-WRAPPERS = ("_orig_mod.", "module.")  # prefixes that torch.compile and DistributedDataParallel add
+WRAPPERS = re.compile(r"^((_orig_mod|module)\.)+")  # prefixes that torch.compile and DistributedDataParallel add
+RETRY = "copy it again or train the model anew"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the model's state_dict, tensors only, as `path`. May raise OSError."""
-    weights = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
-    save_tensors(weights, path)
+def packed_weights(model: nn.Module) -> bytes:
+    """The model's state_dict, tensors only, as torch.save writes it."""
+    return packed({key: tensor.detach().cpu() for key, tensor in model.state_dict().items()})
 
 
-def save_tensors(values: dict, path: Path) -> None:
-    """torch.save to memory first, so that a full disk is an OSError of this file and nothing else."""
+def packed(values: dict) -> bytes:
+    """What torch.save writes. In memory, so that a full disk is later an OSError of one file, nothing else."""
     buffer = io.BytesIO()
     torch.save(values, buffer)
-    with atomic_file(path) as file:
-        file.write(buffer.getbuffer())
+    return buffer.getvalue()
 
 
-def load_archive(path: Path, most_bytes: float) -> dict:
+def load_archive(path: Path, least_bytes: float, most_bytes: float, remedy: str = RETRY) -> dict:
     """The dict that torch.save wrote, never running code from it.
 
     Raises UserError when it cannot be read, is damaged (every byte counts in a CRC, which torch.load
-    itself does not compare), asks for anything but plain tensors, or unpacks to more than most_bytes.
+    itself does not compare), asks for anything but plain tensors, or unpacks to more or fewer bytes.
     """
-    remedy = "copy it again or train the model anew"
     try:
-        with zipfile.ZipFile(path) as archive:
-            n_bytes = sum(entry.file_size for entry in archive.infolist())
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            n_bytes = sum(entry.file_size for entry in entries)
             check(
-                n_bytes <= most_bytes,
-                f"{path}: declares {n_bytes / 2**20:.1f} MiB, far from the {most_bytes / 2**20:.1f} MiB at most "
-                "that its configuration needs; check that the two belong together",
+                least_bytes <= n_bytes <= most_bytes,
+                f"{path}: declares {n_bytes / 2**20:.2f} MiB, but its configuration needs {least_bytes / 2**20:.2f} "
+                f"to {most_bytes / 2**20:.2f} MiB; check that the two belong together",
             )
+            unique = len({entry.filename for entry in entries}) == len(entries)
+            check(unique, f"{path}: an entry stands in it twice; {remedy}")  # two readers could read two files
             damaged = archive.testzip()
             check(damaged is None, f"{path}: damaged ('{damaged}' fails its checksum); {remedy}")
-        values = torch.load(path, map_location="cpu", weights_only=True)
+            file.seek(0)
+            values = torch.load(file, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except FileNotFoundError:
@@ -62,27 +66,41 @@ def load_archive(path: Path, most_bytes: float) -> dict:
     except IsADirectoryError:
         raise UserError(f"{path}: a folder, not a checkpoint; give the model.pt in it") from None
     except zipfile.BadZipFile:
-        start = path.read_bytes()[:64].lstrip()
-        what = "empty" if not start else "a web page" if start.startswith(b"<") else "truncated or foreign"
-        raise UserError(f"{path}: no PyTorch checkpoint but {what}; {remedy}") from None
+        raise UserError(f"{path}: no PyTorch checkpoint but {_foreign_kind(path)}; {remedy}") from None
     except Exception as error:  # a foreign or hostile archive fails in a dozen ways; none may run or trace back
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(f"{path}: holds more than plain tensors, or is damaged ({reason}); {remedy}") from None
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{path}: holds more than plain tensors, or is damaged ({first_line(error)}); {remedy}"
+        ) from None
     check(isinstance(values, dict), f"{path}: holds a {type(values).__name__}, not a state dict; {remedy}")
     return values
 
 
-def load_weights(model: DecoderLM, path: Path, config: ModelConfig) -> None:
+def _foreign_kind(path: Path) -> str:
+    """What a file that is no zip archive seems to be."""
+    with path.open("rb") as file:
+        start = file.read(64).lstrip()
+    kinds = {b"<": "a web page", b"\x80": "a bare pickle, which could run code", b"PK": "truncated"}
+    if not start:
+        return "empty"
+    return next((kind for magic, kind in kinds.items() if start.startswith(magic)), "foreign or damaged")
+
+
+def load_weights(model: DecoderLM, path: str | Path, config: ModelConfig) -> None:
     """Load `path` into the model, checked against its configuration.
 
     Prefixes of compiled or distributed models are stripped, half precision is widened and a missing
     scale_factor, which is no learned weight, stays as the model made it.
     """
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    _fill(model, load_archive(Path(path), *_plausible_bytes(n_parameters)), Path(path), config)
+
+
+def _fill(model: DecoderLM, loaded: dict, path: Path, config: ModelConfig) -> None:
+    """Put what `path` held into the model, or say what does not fit."""
     wanted = model.state_dict()
-    n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in wanted.values())
-    state = load_archive(path, most_bytes=2.1 * n_bytes + 2**20)  # 2: a float64 file; the rest: its index
-    for prefix in WRAPPERS:
-        state = {str(key).removeprefix(prefix): value for key, value in state.items()}
+    state = {WRAPPERS.sub("", str(key), count=1): value for key, value in loaded.items()}
 
     _compare_fields(state, wanted, config, path)
     for key, expected in wanted.items():
@@ -91,7 +109,7 @@ def load_weights(model: DecoderLM, path: Path, config: ModelConfig) -> None:
         check(key in state, f"{path}: the tensor '{key}' is missing; it is not a checkpoint of this model")
         tensor = state[key]
         check(
-            isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.shape == expected.shape,
+            _is_plain(tensor) and tensor.shape == expected.shape,
             f"{path}: '{key}' is {_describe(tensor)} where {_describe(expected)} is expected",
         )
         check(
@@ -99,13 +117,29 @@ def load_weights(model: DecoderLM, path: Path, config: ModelConfig) -> None:
             f"{path}: '{key}' holds values that are not finite; the run diverged, use another checkpoint",
         )
     for key in state:
-        check(key in wanted, f"{path}: the tensor '{key}' is unknown; it is not a checkpoint of this model")
+        check(key in wanted, f"{path}: the tensor '{key:.80}' is unknown; it is not a checkpoint of this model")
     model.load_state_dict(state)
 
 
+def _plausible_bytes(n_parameters: int) -> tuple[float, float]:
+    """What an archive of so many weights may unpack to: from half to double precision, and its index."""
+    return 1.9 * n_parameters, 8.1 * n_parameters + 2**20
+
+
+def _is_plain(value) -> bool:
+    """Whether it is an ordinary tensor of floats; a hostile file may hold sparse, nested or empty shells."""
+    return (
+        isinstance(value, torch.Tensor)
+        and not value.is_nested
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and value.dtype in FLOATS
+    )
+
+
 def _describe(value) -> str:
-    if not isinstance(value, torch.Tensor):
-        return f"a {type(value).__name__}"
+    if not _is_plain(value):
+        return f"a {type(value).__name__} of another kind"
     return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
 
 
@@ -118,12 +152,12 @@ def _compare_fields(state: dict, wanted: dict, config: ModelConfig, path: Path) 
             ("token_embeddings.weight", ("n_vocab", "n_embd")),
             ("position_embeddings.weight", ("n_positions", "n_embd")),
         ):
-            if isinstance(tensors.get(key), torch.Tensor) and tensors[key].dim() == 2:
+            if _is_plain(tensors.get(key)) and tensors[key].dim() == 2:
                 found |= dict(zip(names, tensors[key].shape, strict=True))
         blocks = {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
         found["n_layer"] = len(blocks)
         scale = tensors.get("blocks.0.mha.scale_factor")
-        if isinstance(scale, torch.Tensor) and scale.numel() == 1 and float(scale) > 0:
+        if _is_plain(scale) and scale.numel() == 1 and 0 < float(scale) < math.inf:
             found["n_head"] = round(config.n_embd * float(scale) ** 2)  # scale = 1 / sqrt(D / H)
         return found
 
@@ -173,8 +207,10 @@ def load_trained_model(config_path: str | None, checkpoint: str | None) -> Train
     config = load_config(config_path or str(beside))
     hardware = choose_hardware()
     tokenizer = get_tokenizer(config.tokenizer_encoding)
+    n_parameters = config.model_config.n_parameters(tokenizer.n_vocab)
+    loaded = load_archive(path, *_plausible_bytes(n_parameters))  # before a model is built that may not fit
     model = DecoderLM(tokenizer.n_vocab, **dataclasses.asdict(config.model_config))
-    load_weights(model, path, config.model_config)
+    _fill(model, loaded, path, config.model_config)
     return TrainedModel(model.to(hardware.device).eval(), config, tokenizer, hardware.device, path, how_found)
 
 

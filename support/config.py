@@ -7,6 +7,8 @@ Every mistake in the file is a UserError that names the file, the key and the va
 
 import dataclasses
 import math
+import re
+import reprlib
 import types
 import typing
 from dataclasses import MISSING, dataclass
@@ -15,6 +17,8 @@ from pathlib import Path
 import yaml
 
 from support.errors import UserError, check, did_you_mean
+
+_SECONDS = re.compile(r"\d{1,9}(\.\d*)?s")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,12 @@ class ModelConfig:
     n_positions: int
     n_layer: int
     p_dropout: float = 0.1
+
+    def n_parameters(self, n_vocab: int) -> int:
+        """Parameters of the DecoderLM that these arguments make, without making it."""
+        D = self.n_embd
+        block = 12 * D**2 + 13 * D  # attention 4 (D² + D), feed-forward 8 D² + 5 D, two LayerNorms 4 D
+        return (n_vocab + self.n_positions) * D + self.n_layer * block + 2 * D
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class TrainingConfig:
     seed: int = 0
     weight_decay: float = 0.01  # AdamW's default
     grad_clip: float | None = None  # largest gradient norm; None: off
+    checkpoint_interval: int | str | None = None  # steps (500) or seconds (60s); None: by what writing costs
 
 
 def load_config(path: str, overrides: typing.Sequence[str] = (), data: str | None = None) -> TrainingConfig:
@@ -94,7 +105,7 @@ def _read_yaml(path: str) -> dict:
         raise UserError(f"{path}: cannot be read ({error.strerror}); see configs/ for examples") from None
     try:
         values = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # tags such as `!!int ""` fail in a dozen ways inside PyYAML
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         what = getattr(error, "problem", None) or " ".join(str(error).split()) or "nested too deeply"
@@ -113,7 +124,7 @@ def _apply_override(values: dict, override: str) -> None:
     check(isinstance(target, dict), f"--set {override}: '{section}' has no keys of its own")
     try:
         target[name] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except Exception:  # as in _read_yaml
         raise UserError(f"--set {override}: '{text}' is no YAML value; quote it") from None
 
 
@@ -137,19 +148,21 @@ def _convert(value, hint, path: str, key: str):
     if isinstance(hint, types.UnionType):  # X | None
         if value is None:
             return None
-        hint = typing.get_args(hint)[0]
+        kinds = typing.get_args(hint)
+        hint = str if str in kinds and isinstance(value, str) else kinds[0]
+    shown = reprlib.repr(value)  # shortened: aliases can make a small file's value astronomically long
     if dataclasses.is_dataclass(hint):
-        check(isinstance(value, dict), f"{path}: {key} = {value!r} must be a mapping of its own keys")
+        check(isinstance(value, dict), f"{path}: {key} = {shown} must be a mapping of its own keys")
         return _build(hint, value, path, f"{key}.")
     if hint is str:
-        check(isinstance(value, str) and bool(value), f"{path}: {key} = {value!r} must be a text")
+        check(isinstance(value, str) and bool(value), f"{path}: {key} = {shown} must be a text")
         return value
     kind = "a whole number" if hint is int else "a number"
     number = _as_number(value)
-    check(number is not None, f"{path}: {key} = {value!r} must be {kind}")
-    check(math.isfinite(number), f"{path}: {key} = {value} must be finite")
+    check(number is not None, f"{path}: {key} = {shown} must be {kind}")
+    check(math.isfinite(number), f"{path}: {key} = {shown} must be finite")
     if hint is int:
-        check(number == int(number), f"{path}: {key} = {value} must be {kind}")
+        check(number == int(number), f"{path}: {key} = {shown} must be {kind}")
         return int(number)
     return float(number)
 
@@ -193,3 +206,8 @@ def _cross_check(config: TrainingConfig, path: str) -> None:
     )
     check(c.max_lr >= c.min_lr, f"{path}: max_lr = {c.max_lr} is less than min_lr = {c.min_lr}")
     check(c.max_lr > 0, f"{path}: max_lr = {c.max_lr} must be above 0, or nothing is learned")
+    every = c.checkpoint_interval
+    check(
+        every is None or (every >= 1 if isinstance(every, int) else bool(_SECONDS.fullmatch(every))),
+        f"{path}: checkpoint_interval = {every} must be a number of steps (500) or of seconds (60s)",
+    )

@@ -1,44 +1,39 @@
 """What a run measures: metrics.csv, a row per step, and the area under a ROC curve."""
 
-import csv
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+
+from support.files import write_atomically
 
 COLUMNS = ("step", "tokens", "flops", "loss", "train-loss", "learning-rate")
 
 
 class MetricsLog:
-    """metrics.csv of one run. Rows reach the disk at every step; a full disk only delays them."""
+    """metrics.csv of one run. Rows reach the file at every step; a full disk only delays them."""
 
     def __init__(self, path: Path, start_step: int = 0):
-        """Begin the file, or keep its rows before start_step when a run is continued."""
+        """Begin the file, or keep its rows before start_step when a run is continued. May raise OSError."""
         rows = [row for row in read_rows(path) if int(row[0]) < start_step] if start_step else []
-        self._file = path.open("w", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file, lineterminator="\n")
-        self._pending: list[tuple] = [COLUMNS, *rows]
-        self._good_bytes = 0
-        self._flush()
+        write_atomically(path, "".join(map(_line, [COLUMNS, *rows])))
+        self._file = path.open("ab", buffering=0)  # unbuffered: what write() took is in the file
+        self._pending = b""
 
     def append(self, *row: float) -> None:
         """Add one row, in the order of COLUMNS. Floats are written so that they read back exactly."""
-        self._pending.append(row)
-        self._flush()
+        self._pending += _line(row).encode()
+        with suppress(OSError):  # kept, and tried again with the next row; `sync` tells
+            self._write_pending()
 
-    def _flush(self) -> None:
-        try:
-            self._writer.writerows(self._pending)
-            self._file.flush()
-        except OSError:  # keep the rows, and no half-written line, until there is room again
-            self._file = _reopened(self._file, self._good_bytes)
-            self._writer = csv.writer(self._file, lineterminator="\n")
-            return
-        self._pending.clear()
-        self._good_bytes = self._file.tell()
+    def _write_pending(self) -> None:
+        while self._pending:  # a disk may take a part of a line and fail with the rest
+            self._pending = self._pending[self._file.write(self._pending) :]
 
     def sync(self) -> None:
-        """Wait until all rows are on the disk."""
+        """Wait until all rows are on the disk. May raise OSError."""
+        self._write_pending()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -46,25 +41,24 @@ class MetricsLog:
         self._file.close()
 
 
-def _reopened(file, size: int):
-    """The same file without what its failed writes left in the buffer and past `size` bytes."""
-    os.truncate(file.name, size)
-    descriptor = file.fileno()
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, descriptor)  # closing flushes the rest of the buffer: let it go nowhere
-    os.close(null)
-    file.close()
-    reopened = open(file.name, "a", newline="", encoding="utf-8")  # noqa: SIM115 (the log owns it)
-    return reopened
+def _line(row) -> str:
+    return ",".join(map(str, row)) + "\n"
 
 
 def read_rows(path: Path) -> list[list[str]]:
-    """The rows of a metrics.csv without its header; a last line cut short by a crash is left out."""
+    """The rows of a metrics.csv without its header, none that a crash cut short or that is foreign."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    rows = list(csv.reader(lines[1:-1]))  # what stands after the last line break is no whole row
-    return [row for row in rows if len(row) == len(COLUMNS)]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = [line.split(",") for line in lines[1:-1]]  # what stands after the last line break is no whole row
+    return [row for row in rows if len(row) == len(COLUMNS) and _is_numeric(row)]
+
+
+def _is_numeric(row: list[str]) -> bool:
+    try:
+        return bool([int(row[0]), *map(float, row)])
+    except ValueError:
+        return False
 
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:

@@ -2,17 +2,20 @@
 
 import dataclasses
 import hashlib
+import reprlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from support.checkpoint import load_archive, save_tensors
+from support.checkpoint import load_archive, packed
 from support.config import TrainingConfig
 from support.corpus import Corpus
-from support.errors import UserError, check
+from support.errors import UserError, check, first_line
+from support.files import write_together
 
 NOT_MATHEMATICS = ("output_dir", "device", "data", "checkpoint_interval")  # may differ when a run goes on
+FRESH = "start over with --fresh or choose another output_dir"
 
 
 def fingerprint(corpus: Corpus) -> str:
@@ -33,19 +36,19 @@ def save_state(
     data: str,
     progress: dict,
 ) -> None:
-    """Write the state after a step. `progress` holds plain values: next step, losses, seconds, W&B id."""
-    random = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state_all()
+    """Write the state after a step. `progress` holds plain values: next step, losses, seconds, W&B id.
+
+    May raise OSError; the file is then the former one.
+    """
     values = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "config": dataclasses.asdict(config),
         "data": data,
-        "random": random,
+        "random": _random_states(),
         "progress": progress,
     }
-    save_tensors(values, path)
+    write_together({path: packed(values)})
 
 
 def load_state(
@@ -60,35 +63,40 @@ def load_state(
     Raises UserError when the file is damaged, or belongs to another configuration or other data.
     """
     n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    values = load_archive(path, most_bytes=4 * n_bytes + 2**24)  # weights, two moments, random states
-    fresh = "start over with --fresh or choose another output_dir"
-    wanted = {"model", "optimizer", "config", "data", "random", "progress"}
-    check(wanted <= values.keys(), f"{path}: not the state of a training run; {fresh}")
+    # Weights and two moments make 3; the rest is the index and the random states.
+    values = load_archive(path, 2.9 * n_bytes, 3.1 * n_bytes + 2**24, FRESH)
+    try:
+        _check_same_run(values, config, data, path)
+        progress = values["progress"]
+        check(_is_progress(progress, config.num_training_steps), f"{path}: its progress makes no sense; {FRESH}")
+        model.load_state_dict(values["model"])
+        optimizer.load_state_dict(values["optimizer"])
+        _check_tensors(model, optimizer)
+        _restore_random_states(values["random"])
+    except UserError:
+        raise
+    except Exception as error:  # a foreign archive can hold anything under these names, or nothing
+        raise UserError(f"{path}: not the state of this run ({first_line(error)}); {FRESH}") from None
+    return progress
 
+
+def _check_same_run(values: dict, config: TrainingConfig, data: str, path: Path) -> None:
     theirs, ours = _flat(values["config"]), _flat(dataclasses.asdict(config))
     differing = [
-        f"{key} ({theirs.get(key)} there, {ours.get(key)} here)"
+        f"{key} ({reprlib.repr(theirs.get(key))} there, {ours.get(key)!r} here)"
         for key in sorted(theirs.keys() | ours.keys())
         if theirs.get(key) != ours.get(key) and key not in NOT_MATHEMATICS
     ]
     check(
         not differing,
-        f"{path}: the interrupted run there has another configuration: {', '.join(differing)}; {fresh}",
+        f"{path}: the interrupted run there has another configuration: {', '.join(differing)}; {FRESH}",
     )
+    there = reprlib.repr(theirs["data"] or "the default")
     check(
         values["data"] == data,
-        f"{path}: the interrupted run there has other data than '{config.data or 'the default'}'; {fresh}",
+        f"{path}: the interrupted run there has other data: data ({there} there, "
+        f"{config.data or 'the default'!r} here) does not hold the same tokens; {FRESH}",
     )
-    try:
-        model.load_state_dict(values["model"])
-        optimizer.load_state_dict(values["optimizer"])
-        torch.set_rng_state(values["random"]["cpu"])
-        if "cuda" in values["random"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(values["random"]["cuda"])
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: does not fit this model ({reason}); {fresh}") from None
-    return values["progress"]
 
 
 def _flat(config: dict) -> dict:
@@ -97,3 +105,38 @@ def _flat(config: dict) -> dict:
     for key, value in config.items():
         flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
     return flat
+
+
+def _is_progress(progress: dict, n_steps: int) -> bool:
+    return (
+        0 < int(progress["step"]) <= n_steps
+        and all(isinstance(loss, float) for loss in progress["losses"])
+        and isinstance(progress["seconds"], float)
+        and isinstance(progress["wandb_id"], (str, type(None)))
+    )
+
+
+def _check_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Every number finite and every moment of its parameter's shape; raises ValueError."""
+    moments = [(p, t) for p in model.parameters() for t in optimizer.state[p].values()]
+    if not all(t.shape in (p.shape, ()) for p, t in moments) or any(not optimizer.state[p] for p in model.parameters()):
+        raise ValueError("the optimizer's state has other shapes")
+    if not all(torch.isfinite(t).all() for t in [*model.parameters(), *(t for _, t in moments)]):
+        raise ValueError("it holds values that are not finite")
+
+
+def _random_states() -> dict:
+    """The generators of torch (one draws the batches), of every GPU, and of numpy, as plain values."""
+    kind, keys, *rest = np.random.get_state()
+    states = {"torch": torch.get_rng_state(), "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest]}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def _restore_random_states(states: dict) -> None:
+    torch.set_rng_state(states["torch"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in states and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

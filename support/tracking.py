@@ -15,7 +15,9 @@ def start_tracking(config: TrainingConfig, settings: dict, run_id: str | None = 
     run_id continues an earlier run. Whatever fails is one warning: the local metrics are complete.
     """
     mode = os.environ.get("WANDB_MODE")
-    if mode == "disabled" or (mode is None and not _logged_in()):
+    if mode == "disabled" or (mode != "offline" and not _logged_in()):  # online, it would prompt for a key
+        if mode == "online":
+            warnings.warn("W&B has no login (wandb login); metrics.csv has everything", stacklevel=2)
         return None
     import wandb
 

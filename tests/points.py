@@ -1,8 +1,9 @@
 """Points per question and readable failures: a pytest plugin for the student's tests.
 
 A test counts for a group when it, or its class, carries `@pytest.mark.question("1.3", "embed")`. A group
-gives all its points when every test of it passed, else none; a skipped test counts neither way. `pytest tests/`
-ends with the table of questions; `--points-json FILE` also writes it in the form of Gradescope's results.json.
+gives all its points when every test of it passed, else none; a skipped test counts neither way.
+`pytest tests/` ends with the table of questions; `--points-json FILE` also writes it in the form of
+Gradescope's results.json.
 """
 
 import json
@@ -45,12 +46,14 @@ def check_close(
     __tracebackhide__ = True
     actual, expected = _as_float64(actual), _as_float64(expected)
     wrong = {name: _as_float64(value) for name, value in (mistakes or {}).items()}
-    for name, value in wrong.items():
-        if _close(value, expected, atol):
-            raise ValueError(f"this test cannot tell '{name}' from the right {what}: choose other inputs")
+    same = [name for name, value in wrong.items() if _close(value, expected, atol)]
     if _close(actual, expected, atol):
+        if same:  # the inputs are chosen to tell them apart, so something that they need is without effect
+            raise AssertionError(
+                f"{what}: right, but no different from '{same[0]}': is a part of the model skipped?"
+            )
         return
-    looks_like = [name for name, value in wrong.items() if _close(actual, value, atol)]
+    looks_like = [name for name in wrong if name not in same and _close(actual, wrong[name], atol)]
     guess = f"; looks like: {' or '.join(looks_like)}" if looks_like else (f"; {hint}" if hint else "")
     if actual.shape != expected.shape:
         raise AssertionError(

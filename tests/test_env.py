@@ -9,7 +9,7 @@ import pytest
 
 REMEDY = "pip install -r requirements.txt"
 
-# Name in pip -> name in Python. `datasets` serves classify.py alone and takes seconds to import: only looked up.
+# Name in pip -> name in Python. `datasets` takes seconds to import: it is only looked up.
 PACKAGES = {
     "torch": "torch",
     "numpy": "numpy",

@@ -63,58 +63,54 @@ def check_greedy(model, prefix, text, hint="", max_new_tokens=MAX_NEW):
             f"{after}: expected at most {max_new_tokens} tokens, got {len(new)}, {text!r}{guess}"
         )
     for i in range(min(len(new) + 1, max_new_tokens)):
-        ids = prompt + new[:i]
-        logits = model(torch.tensor([ids[-P:]]))[0, -1]
+        logits = model(torch.tensor([(prompt + new[:i])[-P:]]))[0, -1]
         got = new[i] if i < len(new) else EOT
         if logits[got] < logits.max() - 1e-3:  # so near to each other, rounding may choose either
             best = logits.argmax().item()
-            names = [name(token) for token in (best, got)]
-            guess = (
-                looks_like(model, prompt, new, i, got) or hint or "is every token chosen after all before it?"
-            )
-            raise AssertionError(f"{after}, new token {i}: expected {names[0]}, got {names[1]}; {guess}")
+            right = "its end" if best == EOT else repr(chr(best))
+            wrong = repr(chr(got)) if i < len(new) else "its end"
+            guess = looks_like(model, prompt, new) or hint or "is each token chosen after all before it?"
+            raise AssertionError(f"{after}, new token {i}: expected {right}, got {wrong}; {guess}")
 
 
-def name(token: int) -> str:
-    return "<|endoftext|>" if token == EOT else repr(chr(token))
+def looks_like(model, prompt, new) -> str:
+    """The usual mistakes that would have given exactly the tokens `new`."""
+    n, places = len(prompt), torch.arange(P)
 
+    def best(ids, mask=None, position=-1, places=places):
+        """The arg max at a position, with other rows of the position embeddings where asked."""
+        parameters = {"position_embeddings.weight": model.position_embeddings.weight[places]}
+        mask = None if mask is None else torch.tensor([mask], dtype=torch.float)
+        return functional_call(model, parameters, (torch.tensor([ids]), mask))[0, position].argmax().item()
 
-def looks_like(model, prompt, new, i, got) -> str:
-    """The usual mistakes that would have chosen the token `got` as new token i."""
-    ids = prompt + new[:i]
+    def without_blocks(ids):
+        return model.token_logits(model.ln(model.embed(torch.tensor([ids]))))[0, -1].argmax().item()
 
-    def best(ids, position=-1, parameters=None):
-        return functional_call(model, parameters or {}, (torch.tensor([ids]),))[0, position].argmax().item()
-
-    def shifted(offset):
-        return {"position_embeddings.weight": model.position_embeddings.weight.roll(offset, 0)}
-
-    def without_blocks():
-        return model.token_logits(model.ln(model.embed(torch.tensor([ids[-P:]]))))[0, -1].argmax().item()
-
-    mistakes = {
-        "the prompt is returned with the continuation": lambda: (
-            (prompt + new)[i] if i < len(prompt) else None
+    too_low = torch.where(places < n, places, places - 1)
+    too_high = torch.where(places < n, places, places + 1).clamp(max=P - 1)
+    mistakes = {  # name -> what it chooses as new token i, after all ids before it
+        "the prompt is returned with the continuation": lambda i, ids: (prompt + new)[i],
+        "the decoder blocks are skipped": lambda i, ids: without_blocks(ids[-P:]),
+        "the model sees the last token alone": lambda i, ids: best(ids[-1:]),
+        "the new tokens are not given to the model": lambda i, ids: best(prompt[-P:]),
+        "the new tokens are masked: extend attention_mask too": lambda i, ids: best(
+            ids[-P:], ([1] * n + [0] * i)[-P:]
         ),
-        "the decoder blocks are skipped": without_blocks,
-        "the model sees the last token alone": lambda: best(ids[-1:]),
-        "the new tokens are not given to the model": lambda: best(prompt[-P:]) if i else None,
-        "the window does not slide: the first n_positions tokens": lambda: (
-            best(ids[:P]) if len(ids) > P else None
+        "the window does not slide, it keeps the first n_positions tokens": lambda i, ids: best(ids[:P]),
+        "a long prompt must keep its last tokens, not its first": lambda i, ids: best(
+            (prompt[:P] + new[:i])[-P:]
         ),
-        "a long prompt must keep its last tokens, not its first": lambda: best((prompt[:P] + new[:i])[-P:]),
-        "the window is one token too short": lambda: best(ids[-P + 1 :]),
-        "the logits of the last position but one": lambda: best(ids[-P:], -2) if len(ids) > 1 else None,
-        "positions are one too low: is the cache's length right?": lambda: best(
-            ids[-P:], parameters=shifted(1)
-        ),
-        "positions are one too high: is the cache's length right?": lambda: best(
-            ids[-P:], parameters=shifted(-1)
-        ),
+        "the window is one token too short": lambda i, ids: best(ids[-P + 1 :]),
+        "the logits of the last position but one": lambda i, ids: best(ids[-P:], position=-2),
+        "positions of the new tokens are one too low": lambda i, ids: best(ids[-P:], places=too_low),
+        "positions of the new tokens are one too high": lambda i, ids: best(ids[-P:], places=too_high),
     }
-    right = best(ids[-P:])
-    matching = [text for text, choice in mistakes.items() if right != got == choice()]
-    return "looks like: " + " or ".join(matching) if matching else ""
+    matching = [
+        text
+        for text, choice in mistakes.items()
+        if n + len(new) > 1 and all(choice(i, prompt + new[:i]) == token for i, token in enumerate(new))
+    ]
+    return "looks like: " + " or ".join(matching) if new and matching else ""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -243,7 +239,7 @@ class TestGenerate:
                 prefix,
                 text,
                 hint=(
-                    f"batches of {batch_size}: pad on the left, mask the padding, extend the mask by each new token"
+                    f"batches of {batch_size}: pad on the left, mask the padding, extend the mask by each token"
                 ),
             )
 
@@ -294,8 +290,9 @@ class TestGenerate:
         assert lengths == {100}, (
             f"100 new tokens, none of them <|endoftext|>: expected 100 each, got {lengths}"
         )
-        assert len(set(texts)) > 1, (
-            "20 sampled rows: expected different texts, got 20 equal ones: greedy, or one draw for all?"
+        n = len(set(texts))
+        assert n == 20, (
+            f"20 sampled rows: expected 20 different texts, got {n}: greedy, or one draw for all rows?"
         )
         counts = Counter("".join(texts))
         impossible = set(counts) - set("abc")
@@ -309,7 +306,9 @@ class TestGenerate:
         for c in "abc":
             p = share(c, temperature)
             if abs(counts[c] - 2000 * p) > 5 * (2000 * p * (1 - p)) ** 0.5:
-                as_if = [t for t in (1.0, 0.5, 2.0) if abs(counts[c] - 2000 * share(c, t)) < 112]
+                as_if = [
+                    t for t in {1.0, 0.5, 2.0} - {temperature} if abs(counts[c] - 2000 * share(c, t)) < 112
+                ]
                 raise AssertionError(
                     f"T = {temperature}: expected {c!r} about {2000 * p:.0f} times in 2000, got {counts[c]}"
                     + (f"; looks like: T = {as_if[0]}, temperature ignored or inverted" if as_if else "")

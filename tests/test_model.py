@@ -140,16 +140,22 @@ class TestSelfAttention:
             got,
             torch.ones(B, S, D),
             "attention over values that are all 1",
-            hint="each query's weights must sum to 1: does softmax run over the keys, the last axis?",
+            hint="each query's weights must sum to 1: does softmax run over the keys, is dropout off here?",
         )
 
     def test_equals_scaled_dot_product_attention(self, mha, qkv):
         q, kT, v = qkv
         right = sdpa(q, kT, v)
+        # Without any key, softmax of equal lowest scores averages all values.
+        strict = torch.where(CAUSAL.tril(-1).any(dim=1, keepdim=True), CAUSAL.tril(-1).float().log(), 0.0)
+        q_of_strict = torch.cat([torch.zeros_like(q[:, :, :1]), q[:, :, 1:]], dim=2)
         wrong = {
             "no causal mask: tokens see the tokens after them": merged(sdpa(q, kT, v, None)),
             "the causal mask is transposed": merged(sdpa(q, kT, v, CAUSAL.T)),
             "the causal mask is strict: a token must see itself": merged(sdpa(q, kT, v, CAUSAL.tril(-1))),
+            "the causal mask is strict, and the first token sees all": merged(
+                sdpa(q_of_strict, kT, v, strict)
+            ),
             "the scores are not scaled by 1/sqrt(HD)": merged(sdpa(q, kT, v, scale=1.0)),
             "the scores are scaled twice": merged(sdpa(q, kT, v, scale=1 / HD)),
             "the scores are scaled by 1/sqrt(D), not 1/sqrt(HD)": merged(sdpa(q, kT, v, scale=D**-0.5)),
@@ -166,7 +172,7 @@ class TestSelfAttention:
             merged(sdpa(100 * q, kT, v)),
             "self_attention of scores near 300",
             atol=1e-4,
-            hint="exp of a large score overflows: use torch's softmax",
+            hint="if only large scores fail, exp overflows: use torch's softmax",
         )  # atol: weights near 0 or 1
 
     @pytest.mark.parametrize("mask", [LEFT_PADDED, WITH_A_HOLE], ids=["left padding", "a hole"])
@@ -296,7 +302,7 @@ class TestFeedForward:
         ff = FeedForward(n_embd).eval()
         got_width = tuple(ff.linear_in.weight.shape), tuple(ff.linear_out.weight.shape)
         assert got_width == ((24, 6), (6, 24)), (
-            f"linear_in, linear_out: expected weights (24, 6), (6, 24), got {got_width}: is the width 4·n_embd?"
+            f"linear_in, linear_out: expected (24, 6), (6, 24), got {got_width}: is the width 4·n_embd?"
         )
         # Hidden unit 6 c + d is x[d] + offset[c]; output d sums its four copies with the factors 1, 2, 3, 4.
         offsets, factors, x = [0.0, 0.5, -1.0, 2.0], [1.0, 2.0, 3.0, 4.0], [-2.0, -1.0, -0.3, 0.4, 1.0, 2.0]
@@ -517,7 +523,7 @@ class TestEmbed:
         )
         dropped = trained == 0
         assert dropped.any(), (
-            "embed in training mode, p = 0.5: expected about half of it 0, got none: is dropout applied?"
+            "embed in training mode, p = 0.5: expected about half of it 0, got none: is dropout applied to the sum?"
         )
         check_close(
             trained,
@@ -560,7 +566,9 @@ class TestDecoderLM:
         # The derivative of the summed logits by row v of the matrix is the sum of x, for every v.
         x = torch.randn(B, S, D)
         lm.zero_grad()
-        lm.token_logits(x).sum().backward()
+        logits = lm.token_logits(x)
+        assert logits.requires_grad, "token_logits: expected a gradient, got none: is the matrix detached?"
+        logits.sum().backward()
         gradient = lm.token_embeddings.weight.grad
         assert gradient is not None, (
             "token_logits: expected a gradient for token_embeddings.weight, got none: detached?"

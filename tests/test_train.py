@@ -212,6 +212,7 @@ class TestLanguageModelingLoss:
     same_token = [[0.11, 0.12, 0.13, 0.14], [0.15, 0.16, 0.17, 0.18]]
     previous = [[0.05, 0.06, 0.07], [0.08, 0.09, 0.10]]
     token_0 = [0.3, 0.25]  # at the last position
+    first_token = [0.2, 0.22]  # of the row, at the last position
 
     def logits(self):
         p = torch.zeros(2, 4, V)
@@ -221,6 +222,7 @@ class TestLanguageModelingLoss:
                 p[b, s, self.ids[b, s + 1]] = self.next_token[b][s]
             else:
                 p[b, s, 0] = self.token_0[b]
+                p[b, s, self.ids[b, 0]] = self.first_token[b]
             if s > 0:
                 p[b, s, self.ids[b, s - 1]] = self.previous[b][s - 1]
             others = p[b, s] == 0
@@ -241,6 +243,9 @@ class TestLanguageModelingLoss:
             "the first position's prediction is lost": (3 + 4 + 6 + 7) / 4 * LN2,
             "the last prediction is lost": (2 + 3 + 5 + 6) / 4 * LN2,
             "labels padded with token 0 and the padding counted": nats(*self.next_token, self.token_0),
+            "labels rolled: the last position predicts the first token": nats(
+                *self.next_token, self.first_token
+            ),
             "in bits, not in nats": 4.5,
             "the sign": -4.5 * LN2,
         }
@@ -386,7 +391,8 @@ class TestTrain:
         wrong = {
             "the learning rate is never set": [0.5] * 4,
             "lr set after the optimizer's step: one step late": [0.5, 0.01, 0.04, 0.09],
-            "lr one step late": [0.25, 0.01, 0.04, 0.09],  # schedule(t - 1)
+            "lr one step late: schedule(step - 1)": [0.25, 0.01, 0.04, 0.09],
+            "lr one step late, the first one twice": [0.01, 0.01, 0.04, 0.09],
             "steps counted from 1: the first one is step 0": [0.04, 0.09, 0.16, 0.25],
             "lr set once, before the loop": [0.01] * 4,
         }

@@ -1,0 +1,107 @@
+"""What came of a training run: its files, and what the person reads at the end."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+
+from support import hardware as machine
+from support.checkpoint import packed_weights
+from support.config import dump_config, load_config
+from support.errors import first_line
+from support.files import json_text, write_together
+from support.metrics import read_metrics
+from support.plots import plot_curve
+from support.screen import bold, duration, heading, next_commands, show_facts, show_note, show_text
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPECTED_VAL_LOSS = {"smoke": 9.99, "GPT-tiny": 9.99}  # shipped configurations on the bundled sample
+FILES = ("model.pt", "config.yaml", "eval.json", "metrics.csv", "curve.png", "run.json", "training_state.pt")
+
+
+def write_results(run, result: dict[str, float], n_predictions: int, seconds: float) -> dict[str, str]:
+    """Write model.pt with its config.yaml, eval.json and run.json, then draw curve.png; return facts to print.
+
+    `seconds` is the time trained. May raise OSError; the former results then stand as they were.
+    """
+    c = run.config
+    seconds_per_step = seconds / c.num_training_steps
+    peak = machine.peak_memory_mib(run.hardware.device)
+    measured = {
+        "seconds": seconds,
+        "tokens-per-second": run.tokens_per_step / seconds_per_step,
+        "tflops": run.flops / seconds / 1e12,
+        "matrix-product-tflops": machine.matrix_product_rate(run.hardware) / 1e12,
+        "peak-memory-mib": peak,
+        "flops": run.flops,
+        "device": run.hardware.name,
+        "dtype": str(run.hardware.dtype),
+        "allocator": machine.allocator_name(),
+        "torch": torch.__version__,
+    }
+    evaluation = {**result, "tokens-predicted": n_predictions, "seq_len": c.seq_len}
+    write_together(
+        {
+            run.folder / "model.pt": packed_weights(run.model),
+            run.folder / "config.yaml": dump_config(c).encode(),
+            run.folder / "eval.json": json_text(evaluation).encode(),
+            run.folder / "run.json": json_text(measured).encode(),
+        }
+    )
+    try:
+        metrics = read_metrics(run.folder / "metrics.csv")
+        title = f"{run.folder.name} on {run.corpus.name}"
+        plot_curve(metrics, result["val-loss"], run.ln_vocab, run.unigram, title, run.folder / "curve.png")
+    except Exception as error:  # no cache folder, no room, no matplotlib: a picture is no result
+        show_note(f"curve.png could not be drawn ({first_line(error)}); metrics.csv has its numbers.")
+    return {
+        "trained": f"{c.num_training_steps} steps in {duration(seconds)}, {run.speed(seconds_per_step)}",
+        "memory": f"{peak:.0f} MiB at the peak",
+        "evaluated": f"{n_predictions:,} predicted tokens, seq_len {c.seq_len}",
+        "written": f"{run.folder}/ {', '.join(FILES[:-1])}",
+    }
+
+
+def show_results(run, result: dict[str, float], facts: dict[str, str], sample: tuple[str, str]) -> None:
+    """Print the loss and what it means, the facts, a prompt with its continuation, and what to type next."""
+    heading("result")
+    val_loss = result["val-loss"]
+    print("  " + bold(f"validation loss {val_loss:.3f} nats, perplexity {result['val-perplexity']:.1f}"))
+    print(f"  {_meaning(run, val_loss)}\n")
+    show_facts(facts)
+    show_text(*sample)
+    checkpoint = run.folder / "model.pt"
+    next_commands(
+        f"python generate.py --prefixes prefixs.json --checkpoint {checkpoint}",
+        f"python classify.py {checkpoint}",
+    )
+
+
+def _meaning(run, val_loss: float) -> str:
+    """Where the loss stands between the two guesses, and what was to be expected."""
+    if not math.isfinite(val_loss):
+        return "The loss is not finite: the run diverged; lower max_lr or lengthen the warm-up."
+    if val_loss >= run.ln_vocab:
+        text = f"No better than a uniform guess ({run.ln_vocab:.2f}): nothing was learned."
+    elif val_loss >= run.unigram:
+        text = (
+            f"Better than a uniform guess ({run.ln_vocab:.2f}), not yet than word frequencies alone "
+            f"({run.unigram:.2f}): train longer or with a higher max_lr."
+        )
+    else:
+        text = (
+            f"{run.ln_vocab - val_loss:.2f} below a uniform guess and {run.unigram - val_loss:.2f} below "
+            "word frequencies alone: the model uses the words before."
+        )
+    expected = EXPECTED_VAL_LOSS.get(run.folder.name)
+    if expected and run.corpus.name.startswith("bundled") and _is_shipped(run):
+        text += f" Expected for this configuration: about {expected:.2f}."
+    return text
+
+
+def _is_shipped(run) -> bool:
+    """Whether its configuration is the shipped one of that name, whatever device and data it names."""
+    shipped = load_config(str(ROOT / "configs" / f"{run.folder.name}.yaml"))
+    neutral = {"device": "auto", "data": None, "output_dir": "", "checkpoint_interval": None}
+    return dataclasses.replace(shipped, **neutral) == dataclasses.replace(run.config, **neutral)
