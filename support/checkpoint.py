@@ -50,8 +50,8 @@ def load_archive(path: Path, least_bytes: float, most_bytes: float, remedy: str 
             n_bytes = sum(entry.file_size for entry in entries)
             check(
                 least_bytes <= n_bytes <= most_bytes,
-                f"{path}: declares {n_bytes / 2**20:.2f} MiB, but its configuration needs {least_bytes / 2**20:.2f} "
-                f"to {most_bytes / 2**20:.2f} MiB; check that the two belong together",
+                f"{path}: declares {n_bytes / 2**20:.2f} MiB, but its configuration needs "
+                f"{least_bytes / 2**20:.2f} to {most_bytes / 2**20:.2f}; check that the two belong together",
             )
             unique = len({entry.filename for entry in entries}) == len(entries)
             check(unique, f"{path}: an entry stands in it twice; {remedy}")  # two readers could read two files

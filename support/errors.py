@@ -31,7 +31,8 @@ def exit_on_user_error():
             if is_out_of_memory(error):
                 error = RunStopped(f"out of memory ({first_line(error)}); take a smaller batch_size")
             elif isinstance(error, OSError):
-                error = RunStopped(f"{error.filename or 'a file'}: {error.strerror}; make it accessible, then try again")
+                where = error.filename or "a file"
+                error = RunStopped(f"{where}: {error.strerror or first_line(error)}; mend that and try again")
             elif not isinstance(error, UserError):
                 raise
             print(f"error: {error}", file=sys.stderr)

@@ -66,8 +66,8 @@ def _memory_bytes(device: torch.device) -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def explained(error: Exception, config: TrainingConfig, step: int, kept: str) -> Exception:
-    """The error as a RunStopped that says what happened in `step` and what helps; others as they are.
+def explained(error: Exception, config: TrainingConfig, step: int, kept: str) -> RunStopped | None:
+    """What happened in `step` and what helps, or None for an error that is no fault of these kinds.
 
     `kept` says from where the same command would go on.
     """
@@ -81,8 +81,9 @@ def explained(error: Exception, config: TrainingConfig, step: int, kept: str) ->
     if is_out_of_memory(error):
         return RunStopped(f"out of memory at step {step}: {_memory_advice(config)}. {kept} ({first_line(error)})")
     if isinstance(error, OSError):
-        return RunStopped(f"{error.filename or config.output_dir}: {error.strerror}; mend that. {kept}")
-    return error
+        where, reason = error.filename or config.output_dir, error.strerror or first_line(error)
+        return RunStopped(f"{where} could not be written ({reason}); make room or mend it. {kept}")
+    return None
 
 
 def _memory_advice(config: TrainingConfig) -> str:

@@ -32,7 +32,7 @@ def write_results(run, result: dict[str, float], n_predictions: int, seconds: fl
         "seconds": seconds,
         "tokens-per-second": run.tokens_per_step / seconds_per_step,
         "tflops": run.flops / seconds / 1e12,
-        "matrix-product-tflops": machine.matrix_product_rate(run.hardware) / 1e12,
+        "matrix-product-tflops": run.matrix_product_rate / 1e12,
         "peak-memory-mib": peak,
         "flops": run.flops,
         "device": run.hardware.name,

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,8 @@ class Run:
         show_facts(
             {
                 "device": str(self.hardware),
-                "model": f"{count(self.n_parameters, 'parameters')}, model.pt {self.n_parameters * 4 / 1e6:.1f} MB",
+                "model": f"{count(self.n_parameters, 'parameters')}, "
+                f"model.pt {self.n_parameters * 4 / 1e6:.1f} MB",
                 "data": f"{corpus.name}: {count(len(corpus.train), 'tokens')} to train on, "
                 f"{count(len(corpus.val), 'tokens')} held out",
                 "training": f"{c.num_training_steps} steps of {self.tokens_per_step} tokens = "
@@ -89,10 +91,15 @@ class Run:
         print(f"  {self.speed(typical)}")
         print(f"  a step takes {typical * 1e3:.0f} ms; the whole run would take {bold(duration(total))}")
 
+    @cached_property
+    def matrix_product_rate(self) -> float:
+        """FLOPs per second that the device reaches at best."""
+        return machine.matrix_product_rate(self.hardware)
+
     def speed(self, seconds_per_step: float) -> str:
         """Tokens and FLOPs per second, and the share of what the device could do."""
         achieved = self.flops / self.config.num_training_steps / seconds_per_step
-        share = achieved / machine.matrix_product_rate(self.hardware)
+        share = achieved / self.matrix_product_rate
         return (
             f"{self.tokens_per_step / seconds_per_step:,.0f} tokens/s, {achieved / 1e12:.3f} TFLOPS: "
             f"{share:.0%} of this device's matrix-product rate"
@@ -122,35 +129,37 @@ class Run:
 
     @contextmanager
     def _locked_folder(self) -> Iterator[None]:
-        """Refuse a folder that cannot take the results; keep other processes out of it."""
-        name, lock = f"output_dir: {self.config.output_dir}", FileLock(self.folder / ".lock")
+        """Keep other processes out of the folder, and refuse one that cannot take the results."""
+        name = f"output_dir: {self.config.output_dir}"
+        lock = FileLock(self.folder / ".lock")  # the system releases it with its owner, however that ends
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{name}: another process trains in it; wait for it or choose another") from None
-        except OSError as error:
-            raise UserError(f"{name} cannot be written ({error.strerror}); choose another") from None
-        with lock:  # survives no process: the system releases it with its owner
-            lock.release()
             try:
-                for file in FILES:
-                    check(not (self.folder / file).is_dir(), f"{name}/{file} is a folder; remove it")
-                    remove_leftovers(self.folder / file)
-                probe = self.folder / ".writable"
-                probe.touch()
-                probe.unlink()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire(timeout=0)
+                self._check_folder(name)
+            except Timeout:
+                raise UserError(f"{name}: another process trains in it; wait for it or choose another") from None
             except OSError as error:
                 raise UserError(f"{name} cannot be written ({error.strerror}); choose another") from None
-            there = self.state_path.stat().st_size if self.state_path.exists() else 0
-            # Two states, the old and the new one, of 12 bytes a parameter, and model.pt of 4.
-            needed, free = 28 * self.n_parameters - there, shutil.disk_usage(self.folder).free
-            check(
-                free > needed,
-                f"{name} has {free / 1e6:.1f} MB free, but the checkpoints need {needed / 1e6:.1f} MB; "
-                "make room or choose another disk",
-            )
             yield
+        finally:
+            lock.release()
+
+    def _check_folder(self, name: str) -> None:
+        for file in FILES:
+            check(not (self.folder / file).is_dir(), f"{name}/{file} is a folder; remove it")
+            remove_leftovers(self.folder / file)
+        probe = self.folder / ".writable"
+        probe.touch()
+        probe.unlink()
+        there = self.state_path.stat().st_size if self.state_path.exists() else 0
+        # Two states, the old and the new one, of 12 bytes a parameter, and model.pt of 4.
+        needed, free = 28 * self.n_parameters - there, shutil.disk_usage(self.folder).free
+        check(
+            free > needed,
+            f"{name} has {free / 1e6:.1f} MB free, but the checkpoints need {needed / 1e6:.1f} MB; "
+            "make room or choose another disk",
+        )
 
     def _restore(self, fresh: bool) -> str | None:
         """Continue where an interrupted run stood; return the id of its W&B run."""
@@ -176,11 +185,14 @@ class Run:
         """Turn what stops the run into a sentence that says from where it would go on."""
         try:
             yield
-        except SystemExit:
+        except (SystemExit, KeyboardInterrupt):
             print(f"\nStopped. {self._where_it_goes_on}.", flush=True)
             raise
         except Exception as error:
-            raise explained(error, self.config, self._next_step, self._where_it_goes_on) from error
+            stopped = explained(error, self.config, self._next_step, self._where_it_goes_on)
+            if stopped is None:
+                raise
+            raise stopped from error
 
     # The training itself
 
@@ -212,10 +224,11 @@ class Run:
         self._show_progress(result, n_steps, seconds_per_step)
 
         last = n_steps == self.config.num_training_steps
-        if self._signals.number or last or self._save_is_due(n_steps):
+        save = self._signals.number or last or self._save_is_due(n_steps)
+        if save:
             self._save_state(n_steps)
         self._signals.deferring = not last
-        if self._signals.number:
+        if save and self._signals.number:  # one that came after the test waits for the next step
             raise SystemExit(128 + self._signals.number)
 
     def _save_is_due(self, n_steps: int) -> bool:

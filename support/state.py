@@ -118,10 +118,13 @@ def _is_progress(progress: dict, n_steps: int) -> bool:
 
 def _check_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Every number finite and every moment of its parameter's shape; raises ValueError."""
-    moments = [(p, t) for p in model.parameters() for t in optimizer.state[p].values()]
-    if not all(t.shape in (p.shape, ()) for p, t in moments) or any(not optimizer.state[p] for p in model.parameters()):
-        raise ValueError("the optimizer's state has other shapes")
-    if not all(torch.isfinite(t).all() for t in [*model.parameters(), *(t for _, t in moments)]):
+    tensors = list(model.parameters())
+    for parameter in model.parameters():
+        moments = list(optimizer.state[parameter].values())
+        if not moments or any(moment.shape not in (parameter.shape, ()) for moment in moments):
+            raise ValueError("the optimizer's state has other shapes")
+        tensors += moments
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise ValueError("it holds values that are not finite")
 
 

@@ -1,0 +1,314 @@
+"""Write the student's edition of this package: the same files, with the graded bodies left to write.
+
+    python tests/make_starter.py OUT_DIR
+
+Both editions come from one source. A graded function keeps its signature and docstring; its body becomes
+`raise NotImplementedError("question 1.3: …")`. Helpers that only the solution needs are left out, and the few
+places that name them are edited by the table below; an edit whose text is no longer found stops with an error,
+so the table cannot fall behind the files. In the README, what stands between `<!-- solution -->` and
+`<!-- /solution -->` is left out.
+"""
+
+import argparse
+import ast
+import re
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What the student's edition has; a pattern may match nothing only where it names no single file.
+COPIED = (
+    *("README.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", "prefixs.json"),
+    *("configs/*.yaml", "data/*", "support/*.py", "report/template.tex"),
+    *("tests/conftest.py", "tests/points.py", "tests/test_*.py", "tests/support/test_parity.py"),
+)
+NOT_COPIED = {"data/tokens.npz"}  # the course's corpus, and what is made of any text
+NOT_COPIED_SUFFIXES = (".tokens.npz", ".npy", ".tmp")
+
+# The graded functions and classes by file, with their question. Of a class every method is graded …
+GRADED = {
+    "model.py": dict.fromkeys(("MultiHeadAttention", "FeedForward", "DecoderBlock", "DecoderLM"), "1.3"),
+    "train.py": dict.fromkeys(
+        (
+            "train",
+            "random_batch_sampler",
+            "sequential_batch_sampler",
+            "cosine_lr_schedule",
+            "compute_language_modeling_loss",
+        ),
+        "2.1",
+    ),
+    "generate.py": dict.fromkeys(("softmax_with_temperature", "generate"), "3.1"),
+    "classify.py": dict.fromkeys(("score", "classify_binary_sentiment"), "3.4"),
+}
+GIVEN = {"DecoderLM.flops_per_token"}  # … but this one
+# Helpers that contain a graded body, or that only a faster one needs.
+DROPPED = {
+    "model.py": {"KeyValueCache", "DecoderLM.kv_caches"},
+    "train.py": {"_as_array", "_ChunkedCrossEntropy", "LanguageModelingLoss"},
+    "generate.py": {"keep_likely", "left_pad", "encode_prompt", "_continue_batch", "_NextTokenLogits"},
+    "classify.py": {
+        *("TOKENS_PER_BATCH", "_batches_of_like_length", "_last_logits", "p_positive", "decision_boundary")
+    },
+}
+DROPPED_PARAMETERS = {"cache", "caches", "n_past", "top_k", "top_p"}  # keyword-only, theirs
+
+# The names that a constructor must create are part of the interface: tests and checkpoints meet them.
+CONSTRUCTORS = {
+    "MultiHeadAttention": """Create q_attn, k_attn, v_attn and proj (Linear D -> D with bias), dropout, and
+        the buffer scale_factor (a scalar, 1 / sqrt(HD)).""",
+    "FeedForward": "Create linear_in (Linear D -> 4 D), linear_out (Linear 4 D -> D) and dropout.",
+    "DecoderBlock": "Create ln_1, mha, ln_2 and ff; p_dropout is for both mha and ff.",
+    "DecoderLM": """Create token_embeddings (Embedding V x D), position_embeddings (Embedding P x D), blocks (a
+        ModuleList), ln and dropout; p_dropout is for every dropout. Keep the arguments as attributes, and
+        initialise the weights.""",
+}
+
+# (file, text, what the student's edition has in its place); each text stands there exactly once.
+# ruff: noqa: E501 (as long as they are there)
+EDITS = [
+    (
+        "model.py",
+        """ With a key-value
+        cache there are more keys (S_k) than queries (S_q): the queries are the last S_q tokens.
+
+        q (B, H, S_q, HD), kT (B, H, HD, S_k), v (B, H, S_k, HD) -> (B, S_q, D)
+        attention_mask (B, S_k): 1.0""",
+        """
+
+        q (B, H, S, HD), kT (B, H, HD, S), v (B, H, S, HD) -> (B, S, D)
+        attention_mask (B, S): 1.0""",
+    ),
+    ("model.py", " With a cache, x holds the new tokens and the mask covers all.", ""),
+    ("model.py", "With an attention_mask (B, n_past + S) positions", "With an attention_mask (B, S) positions"),
+    ("model.py", " `n_past` tokens before these are already in the cache.", ""),
+    (
+        "model.py",
+        """
+
+        With `caches` (from `kv_caches`), input_ids are the tokens that follow those already read, and
+        attention_mask covers both.
+        \"""",
+        '"',
+    ),
+    (
+        "train.py",
+        """(Loshchilov and Hutter 2017, "SGDR", eq. 5).
+
+    With a = num_warmup_steps and b = num_training_steps, the learning rate of step t is
+
+        max_lr t / a                                                      for t in [0, a)
+        min_lr + (max_lr - min_lr) (1 + cos(pi (t - a) / (b - a))) / 2    for t in [a, b)
+        min_lr                                                            for t >= b
+    \"""",
+        """(Loshchilov and Hutter 2017, "SGDR").
+
+    The function returned maps a step t to its learning rate, as question 2.2 describes it with
+    a = num_warmup_steps and b = num_training_steps.
+    \"""",
+    ),
+    (
+        "train.py",
+        """ This is the definition; `LanguageModelingLoss`
+    computes the same without ever holding all logits.
+""",
+        "\n",
+    ),
+    (
+        "train.py",
+        """; if it has an attribute `recent_losses` (a
+    deque), the running mean lives there and so can be continued by a later call.""",
+        ".",
+    ),
+    ("train.py", "    loss_of = LanguageModelingLoss(model).eval()\n", "    model.eval()\n"),
+    (
+        "train.py",
+        """                with autocast:
+                    loss = loss_of(input_ids)
+                total_loss""",
+        """                with autocast:
+                    loss = compute_language_modeling_loss(input_ids, model(input_ids))
+                total_loss""",
+    ),
+    (
+        "generate.py",
+        """    parser.add_argument("--top_k", type=int, metavar="K", help="sample from the K likeliest tokens only")
+    parser.add_argument("--top_p", type=float, metavar="P", help="sample from the likeliest tokens of mass P")
+""",
+        "",
+    ),
+    (
+        "generate.py",
+        """        check(args.top_k is None or args.top_k >= 1, f"--top_k {args.top_k}: give 1 or more")
+        check(args.top_p is None or 0 < args.top_p <= 1, f"--top_p {args.top_p}: give more than 0, at most 1")
+""",
+        "",
+    ),
+    (
+        "generate.py",
+        """        limits = [f"{name} {value:g}" for name in ("top_k", "top_p") if (value := getattr(args, name))]
+""",
+        "",
+    ),
+    ("generate.py", "[sampling, *limits, *seed,", "[sampling, *seed,"),
+    ("generate.py", "            top_k=args.top_k,\n            top_p=args.top_p,\n", ""),
+    ("classify.py", "from generate import encode_prompt, left_pad\n", ""),
+    (
+        "classify.py",
+        """    Texts of like length go through the model together (at most batch_size of them), so that little is
+    padding. Of a text""",
+        "    At most batch_size texts go through the model together. Of a text",
+    ),
+    ("classify.py", "        p = p_positive(logits, tokens)\n        accuracy, boundaries,", "        accuracy,"),
+    ("classify.py", "predictions = {}, {}, {}\n", "predictions = {}, {}\n"),
+    ("classify.py", "            boundaries[name] = decision_boundary(p, calibrate)\n", ""),
+    ("classify.py", "        auc = area_under_roc(p.numpy(), labels.numpy())\n", ""),
+    ("classify.py", 'accuracy {name}, boundary {boundaries[name]:.4f}")', 'accuracy {name}")'),
+    (
+        "classify.py",
+        """this set's majority class")
+        print(f"  {auc:6.3f}  AUC: 0.5 is chance, 1 ranks every positive above every negative\\n")
+""",
+        """this set's majority class\\n")
+""",
+    ),
+    ("classify.py", '            "boundary": boundaries,\n', ""),
+    ("classify.py", '            "auc": auc,\n', ""),
+    ("classify.py", '            "p-positive": p.tolist(),\n', ""),
+    ("classify.py", '        figure = trained.folder / "classification.png"\n', ""),
+    (
+        "classify.py",
+        """        plot_classification(p.numpy(), labels.numpy(), boundaries, f"{trained.path}, {reviews.name}", figure)
+""",
+        "",
+    ),
+    ("classify.py", "/classification.json, .png", "/classification.json"),
+    ("classify.py", "write classification.json and .png beside", "write classification.json beside"),
+    ("classify.py", "    from support.metrics import area_under_roc\n", ""),
+    ("classify.py", "    from support.plots import plot_classification\n", ""),
+]
+
+
+def student_source(name: str) -> str:
+    """The text of a graded file as the student gets it."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for file, old, new in EDITS:
+        if file == name:
+            if text.count(old) != 1:
+                raise ValueError(f"{name}: {text.count(old)} times instead of once: {old!r}; mend EDITS")
+            text = text.replace(old, new)
+    lines = text.splitlines()
+    # From the end, so that the line numbers of what comes before stay right.
+    for node, path in sorted(_definitions(ast.parse(text)), key=lambda item: -item[0].lineno):
+        question = GRADED[name].get(path) or GRADED[name].get(path.rpartition(".")[0])
+        if path in DROPPED[name]:
+            _cut(lines, node)
+        elif question and isinstance(node, ast.FunctionDef) and path not in GIVEN:
+            lines[node.lineno - 1 : node.end_lineno] = _stub(node, path, question).splitlines()
+    return "\n".join(lines) + "\n"
+
+
+def _definitions(tree: ast.Module) -> list[tuple[ast.stmt, str]]:
+    """Functions, classes, methods and constants with their names, such as DecoderLM.embed."""
+    found = []
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            found.append((node, node.targets[0].id))
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.append((node, node.name))
+        if isinstance(node, ast.ClassDef):
+            found += [(n, f"{node.name}.{n.name}") for n in node.body if isinstance(n, ast.FunctionDef)]
+    return found
+
+
+def _cut(lines: list[str], node: ast.stmt) -> None:
+    """Take the definition out, with its decorators and the blank lines before it."""
+    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
+    while first > 0 and not lines[first - 1].strip():
+        first -= 1
+    del lines[first : node.end_lineno]
+
+
+def _stub(node: ast.FunctionDef, path: str, question: str) -> str:
+    """The function with its signature and docstring, and nothing written yet."""
+    docstring = ast.get_docstring(node, clean=False)
+    body = []
+    if node.name == "__init__":
+        docstring = CONSTRUCTORS[path.partition(".")[0]]
+        body.append("super().__init__()")
+    body.append(f'raise NotImplementedError("question {question}: {path} is not written yet")')
+    if docstring:
+        body.insert(0, f'"""{docstring}"""')
+    return textwrap.indent(_signature(node), " " * node.col_offset) + "".join(
+        f"\n{' ' * (node.col_offset + 4)}{line}" for line in body
+    )
+
+
+def _signature(node: ast.FunctionDef) -> str:
+    """The `def` line, without DROPPED_PARAMETERS; one parameter to a line where it would be too long."""
+    a = node.args
+    plain, keyword_only = list(a.posonlyargs + a.args), list(zip(a.kwonlyargs, a.kw_defaults, strict=True))
+    defaults = [None] * (len(plain) - len(a.defaults)) + list(a.defaults)
+    parameters = [_parameter(*pair) for pair in zip(plain, defaults, strict=True)]
+    kept = [_parameter(arg, default) for arg, default in keyword_only if arg.arg not in DROPPED_PARAMETERS]
+    parameters += ["*", *kept] if kept else []
+    result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    line = f"def {node.name}({', '.join(parameters)}){result}:"
+    if len(line) + node.col_offset > 110:
+        line = f"def {node.name}(\n" + "".join(f"    {p},\n" for p in parameters) + f"){result}:"
+        line = line.replace("nullcontext(),", "nullcontext(),  # noqa: B008 (stateless)")
+    return line
+
+
+def _parameter(arg: ast.arg, default: ast.expr | None) -> str:
+    text = f"{arg.arg}: {ast.unparse(arg.annotation)}" if arg.annotation else arg.arg
+    if default is not None:
+        text += f" = {ast.unparse(default)}" if arg.annotation else f"={ast.unparse(default)}"
+    return text
+
+
+def copied_files() -> list[Path]:
+    """The files that both editions share, relative to the root. Raises FileNotFoundError when one lacks."""
+    files = []
+    for pattern in COPIED:
+        found = sorted(path.relative_to(ROOT) for path in ROOT.glob(pattern) if path.is_file())
+        if not found:
+            raise FileNotFoundError(f"{pattern}: nothing of that name in {ROOT}")
+        files += found
+    return [f for f in files if f.as_posix() not in NOT_COPIED and not f.name.endswith(NOT_COPIED_SUFFIXES)]
+
+
+def make_starter(folder: Path) -> None:
+    """Write the student's edition into an empty or new folder."""
+    sources = {name: student_source(name) for name in GRADED}  # first: nothing is written when it fails
+    files = copied_files()
+    for file in files:
+        target = folder / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".md":
+            text = (ROOT / file).read_text(encoding="utf-8")
+            kept = re.sub(r"<!-- solution -->.*?<!-- /solution -->\n*", "", text, flags=re.DOTALL)
+            target.write_text(kept, encoding="utf-8")
+        else:
+            shutil.copyfile(ROOT / file, target)
+    for name, text in sources.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the student's edition and say what is in it."""
+    parser = argparse.ArgumentParser(description="Write the student's edition of this package.")
+    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="a new or empty folder")
+    folder = parser.parse_args(argv).out_dir
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        print(f"error: {folder}: exists and is not an empty folder; choose another", file=sys.stderr)
+        raise SystemExit(2)
+    make_starter(folder)
+    print(f"{folder}: {sum(path.is_file() for path in folder.rglob('*'))} files. Next: cd {folder}; pytest tests/")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,504 @@
+"""Files from elsewhere: whatever is in them, a command ends in success or in one sentence with exit status 2."""
+
+import collections
+import copy
+import io
+import math
+import os
+import pickle
+import random
+import re
+import signal
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_run import KEYS, TinyRun, at_batches
+
+import generate
+from model import DecoderLM
+from support import hardware, results
+from support.checkpoint import load_weights, packed, packed_weights
+from support.config import ModelConfig, load_config
+from support.errors import UserError
+
+SHAPE = ModelConfig(**KEYS["model_config"])
+V = 50257
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Leave out what takes long and reads no file."""
+    monkeypatch.setattr(hardware, "matrix_product_rate", lambda hardware: 1e12)
+    monkeypatch.setattr(results, "plot_curve", lambda *args: None)
+
+
+@pytest.fixture(scope="module")
+def original():
+    torch.manual_seed(3)
+    return DecoderLM(V, **vars(SHAPE))
+
+
+@pytest.fixture(scope="module")
+def whole(original):
+    """The bytes of a good model.pt."""
+    return packed_weights(original)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Where a checkpoint stands: its config.yaml, and a file of prefixes."""
+    values = {**KEYS, "output_dir": str(tmp_path), "model_config": vars(SHAPE)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "prefixes.json").write_text('["It is"]')
+    return tmp_path
+
+
+def generate_from(folder: Path) -> int:
+    """Exit status of `generate.py` on the folder's model.pt."""
+    named = ["--prefixes", str(folder / "prefixes.json"), "--checkpoint", str(folder / "model.pt")]
+    try:
+        generate.main([*named, "--max_new_tokens", "1"])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def loads_as_the_original(path: Path, original) -> bool:
+    """Whether the file is refused with one sentence (False) or gives exactly the original's tensors (True)."""
+    model = DecoderLM(V, **vars(SHAPE))
+    try:
+        load_weights(model, path, SHAPE)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return False
+    pairs = zip(model.state_dict().values(), original.state_dict().values(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs), "a damaged file gave other weights without any error"
+    return True
+
+
+# --- checkpoints that are refused ------------------------------------------------------------------------
+
+
+class Bomb:
+    """Unpickled, it makes the marker file that its argument names."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (str(self.marker), "w"))
+
+
+def zipped(entries, compression=zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in entries:
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def entries_of(content: bytes) -> list[tuple[str, bytes]]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return [(name, archive.read(name)) for name in archive.namelist()]
+
+
+def with_changes(original, **changes) -> bytes:
+    state = dict(original.state_dict())
+    for key, change in changes.items():
+        key = key.replace("__", ".")
+        state[key] = change(state[key]) if callable(change) else change
+    return packed(state)
+
+
+def as_legacy(values) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(values, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    {
+        "empty": "empty",
+        "web page": "a web page",
+        "text": "foreign",
+        "truncated": "truncated",
+        "end only": "no PyTorch checkpoint|damaged",
+        "legacy": "bare pickle",
+        "bare pickle bomb": "bare pickle",
+        "pickle bomb": "plain tensors",
+        "bomb beside the weights": "plain tensors",
+        "whole model": "plain tensors",
+        "zip bomb": "declares",
+        "declared too small": "declares",
+        "another zip": "declares|plain tensors|damaged",
+        "an entry twice": "twice",
+        "list": "not a state dict",
+        "tensor": "not a state dict",
+        "wrong shape": r"'ln.weight' is float32 of shape \(9,\)",
+        "another model": "n_positions = 32",
+        "missing": "'ln.weight' is missing",
+        "unknown": "'extra' is unknown",
+        "NaN": "'ln.weight' holds values that are not finite",
+        "infinite": "'ln.bias' holds values that are not finite",
+        "infinite scale": "not finite",
+        "integers": "'ln.weight' is a Tensor of another kind",
+        "no tensor": "'ln.weight' is a str",
+        "sparse": "'ln.weight' is a Tensor of another kind",
+        "meta": "'ln.weight' is a Tensor of another kind",
+        "float8": "'ln.weight' is a Tensor of another kind",
+        "astronomic view": "'ln.weight' is float32 of shape",
+        "deflated": None,
+    }.items(),
+)
+def test_checkpoints(folder, capsys, original, whole, kind, words):
+    marker = folder / "code ran"
+    small = torch.ones(1)
+    contents = {
+        "empty": lambda: b"",
+        "web page": lambda: b"\n<!DOCTYPE html><title>404</title>" * 20,
+        "text": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "truncated": lambda: whole[: len(whole) // 2],
+        "end only": lambda: whole[len(whole) // 2 :],
+        "legacy": lambda: as_legacy(original.state_dict()),
+        "bare pickle bomb": lambda: pickle.dumps(Bomb(marker)),
+        "pickle bomb": lambda: zipped(
+            [(n, pickle.dumps(Bomb(marker)) if n.endswith("data.pkl") else c) for n, c in entries_of(whole)]
+        ),
+        "bomb beside the weights": lambda: with_changes(original, bomb=Bomb(marker)),
+        "whole model": lambda: packed({"model": original}),
+        "zip bomb": lambda: zipped(
+            [*entries_of(whole), ("archive/data/99", bytes(1 << 28))], zipfile.ZIP_DEFLATED
+        ),
+        "declared too small": lambda: packed({"ln.weight": small}),
+        "another zip": lambda: zipped([("word/document.xml", os.urandom(len(whole)))]),
+        "an entry twice": lambda: zipped([*entries_of(whole), entries_of(whole)[1]]),
+        "list": lambda: packed([t for t in original.state_dict().values()]),
+        "tensor": lambda: packed(original.token_embeddings.weight.detach()),
+        "wrong shape": lambda: with_changes(original, ln__weight=torch.ones(9)),
+        "another model": lambda: packed_weights(DecoderLM(V, 8, 2, 32, 1)),
+        "missing": lambda: packed({k: t for k, t in original.state_dict().items() if k != "ln.weight"}),
+        "unknown": lambda: with_changes(original, extra=small),
+        "NaN": lambda: with_changes(original, ln__weight=lambda t: t * math.nan),
+        "infinite": lambda: with_changes(original, ln__bias=lambda t: t - math.inf),
+        "infinite scale": lambda: with_changes(original, blocks__0__mha__scale_factor=torch.tensor(math.inf)),
+        "integers": lambda: with_changes(original, ln__weight=lambda t: t.long()),
+        "no tensor": lambda: with_changes(original, ln__weight="ones"),
+        "sparse": lambda: with_changes(original, ln__weight=lambda t: t.to_sparse()),
+        "meta": lambda: with_changes(original, ln__weight=lambda t: t.to("meta")),
+        "float8": lambda: with_changes(original, ln__weight=lambda t: t.to(torch.float8_e5m2)),
+        "astronomic view": lambda: with_changes(original, ln__weight=small.expand(1 << 50)),
+        "deflated": lambda: zipped(entries_of(whole), zipfile.ZIP_DEFLATED),
+    }
+    (folder / "model.pt").write_bytes(contents[kind]())
+    status = generate_from(folder)
+    error = capsys.readouterr().err
+    if words is None:
+        assert status == 0, error
+        return
+    assert status == 2, error
+    assert error.startswith("error: ") and error.count("\n") == 1 and str(folder / "model.pt") in error, error
+    assert re.search(words, error), f"expected the sentence to say {words!r}: {error}"
+    assert not marker.exists(), "code from the file ran"
+    assert not (folder / "generation.jsonl").exists()
+
+
+def test_the_bomb_would_have_gone_off(tmp_path):
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "marker"))).close()
+    assert (tmp_path / "marker").exists()
+
+
+def test_configuration_far_larger_than_its_checkpoint(folder, capsys, whole):
+    (folder / "model.pt").write_bytes(whole)
+    for change in ({"n_layer": 10**8}, {"n_embd": 10**6}, {"n_positions": 10**9}):
+        values = yaml.safe_load((folder / "config.yaml").read_text())
+        values["model_config"] = {**vars(SHAPE), **change}
+        (folder / "config.yaml").write_text(yaml.safe_dump(values))
+        assert generate_from(folder) == 2
+        assert "its configuration needs" in capsys.readouterr().err
+
+
+# --- checkpoints that load -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_are_stripped(tmp_path, original, prefix):
+    path = tmp_path / "model.pt"
+    path.write_bytes(packed({prefix + key: tensor for key, tensor in original.state_dict().items()}))
+    assert loads_as_the_original(path, original)
+
+
+def test_missing_scale_factor_is_rebuilt(tmp_path, original):
+    path = tmp_path / "model.pt"
+    state = {key: tensor for key, tensor in original.state_dict().items() if "scale_factor" not in key}
+    path.write_bytes(packed(state))
+    assert loads_as_the_original(path, original)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_load(tmp_path, original, dtype):
+    path = tmp_path / "model.pt"
+    other = copy.deepcopy(original).to(dtype)
+    path.write_bytes(packed_weights(other))
+    model = DecoderLM(V, **vars(SHAPE))
+    load_weights(model, path, SHAPE)
+    for key, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, other.state_dict()[key].float())
+
+
+# --- training states -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch, capsys):
+    """A run with a training_state.pt after step 2, and the values in it."""
+    tiny = TinyRun(tmp_path)
+    with monkeypatch.context() as patch:
+        at_batches(patch, {3: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+        assert tiny.main() == 143
+    capsys.readouterr()
+    return tiny, torch.load(tiny.state, weights_only=True)
+
+
+def test_hostile_training_states(interrupted, capsys):
+    tiny, values = interrupted
+    marker = tiny.out / "code ran"
+    good = tiny.state.read_bytes()
+    nested = []
+    for _ in range(60):  # 2^60 elements, were anybody to print it
+        nested = [nested, nested]
+
+    def changed(*keys, to):
+        copied = copy.deepcopy(values)
+        inner = copied
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = to
+        return packed(copied)
+
+    moments = {"step": torch.tensor(2.0), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
+    contents = {
+        "truncated": good[:-1000],
+        "empty": b"",
+        "a model.pt": packed(values["model"]),
+        "bomb": changed("bomb", to=Bomb(marker)),
+        "bare bomb": pickle.dumps(Bomb(marker)),
+        "no config": changed("config", to=None),
+        "config of lists": changed("config", "max_lr", to=nested),
+        "no progress": changed("progress", to={}),
+        "step of text": changed("progress", "step", to="two"),
+        "step -1": changed("progress", "step", to=-1),
+        "step beyond the end": changed("progress", "step", to=10**9),
+        "losses": changed("progress", "losses", to=[None]),
+        "wandb": changed("progress", "wandb_id", to=nested),
+        "random": changed("random", "torch", to=torch.zeros(5, dtype=torch.uint8)),
+        "random of zeros": changed("random", "torch", to=torch.zeros(5056, dtype=torch.uint8)),
+        "numpy": changed("random", "numpy", to=[1, 2]),
+        "weights missing": changed("model", "ln.weight", to=None),
+        "weights NaN": changed("model", "ln.weight", to=torch.full((8,), math.nan)),
+        "no moments": changed("optimizer", "state", to={}),
+        "moments of other shape": changed("optimizer", "state", 0, to=moments),
+        "no optimizer": changed("optimizer", to=collections.OrderedDict()),
+        "too large": changed("more", to=torch.zeros(1 << 25)),
+    }
+    for kind, content in contents.items():
+        tiny.state.write_bytes(content)
+        assert tiny.main() == 2, kind
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and len(error) < 1000, f"{kind}: {error}"
+        assert "training_state.pt" in error and "--fresh" in error, f"{kind}: {error}"
+        assert not marker.exists(), f"{kind}: code from the file ran"
+    tiny.state.write_bytes(good)
+    assert tiny.main() == 0
+
+
+# --- random damage ---------------------------------------------------------------------------------------
+
+
+def flip_bits(path, whole, original, times: int, draw: random.Random) -> int:
+    """Flip one bit at random offsets, a file for each; return how many files still loaded."""
+    harmless = 0
+    for _ in range(times):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        harmless += loads_as_the_original(path, original)
+    return harmless
+
+
+def mutated(content: bytes, draw: random.Random) -> bytes:
+    """The content with a few bytes changed, inserted, removed, repeated or swapped for hostile ones."""
+    content = bytearray(content)
+    for _ in range(draw.randrange(1, 6)):
+        at, length = draw.randrange(len(content) + 1), draw.choice([1, 1, 2, 9, 300])
+        piece = content[at : at + length]
+        content[at : at + draw.choice([0, length])] = draw.choice(
+            [b"", bytes(piece[::-1]), draw.randbytes(length), piece * 2, *HOSTILE]
+        )
+    return bytes(content[: draw.choice([len(content)] * 9 + [draw.randrange(len(content) + 1)])])
+
+
+HOSTILE = [
+    b"\0",
+    b": ",
+    b"\n",
+    b"- ",
+    b"{",
+    b"[",
+    b"&a",
+    b"*a",
+    b"!!int ",
+    b"!!python/object:os.system ",
+    b"<<: ",
+    b"'",
+    b"-",
+    b".",
+    b"e9",
+    b"nan",
+    b".inf",
+    b"\xff\xfe",
+    b"\t",
+    b"? ",
+    b"# ",
+    b"99999999",
+    b"PK\x03\x04",
+]
+
+
+def one_line_or_success(status: int, captured) -> bool:
+    assert status in (0, 2), f"exit status {status}: {captured.err}"
+    assert "Traceback" not in captured.err
+    if status == 2:
+        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
+    return status == 0
+
+
+def try_mutated_yaml(tmp_path, capsys, times: int, draw: random.Random) -> int:
+    """Run `train.py --dry-run` with mutated YAML; return how many succeeded."""
+    tiny, successes = TinyRun(tmp_path), 0
+    good = tiny.config.read_bytes()
+    usual = load_config(str(tiny.config))
+    for _ in range(times):
+        tiny.config.write_bytes(mutated(good, draw))
+        try:
+            config = load_config(str(tiny.config))
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            # A larger run is no mistake, only long: a test has no time for it.
+            sizes = [
+                (c.batch_size * c.seq_len * c.grad_accumulation_steps, *vars(c.model_config).values())
+                for c in (config, usual)
+            ]
+            if any(size > 20 * normal for size, normal in zip(*sizes, strict=True)):
+                successes += 1
+                continue
+        successes += one_line_or_success(tiny.main("--dry-run"), capsys.readouterr())
+    return successes
+
+
+def try_mutated_npz(tmp_path, capsys, times: int, draw: random.Random) -> int:
+    """Run `train.py --dry-run` with mutated token files; return how many succeeded."""
+    tiny, successes = TinyRun(tmp_path), 0
+    good = tiny.tokens.read_bytes()
+    for _ in range(times):
+        tiny.tokens.write_bytes(mutated(good, draw))
+        successes += one_line_or_success(tiny.main("--dry-run"), capsys.readouterr())
+    return successes
+
+
+def try_mutated_checkpoints(folder, capsys, whole, times: int, draw: random.Random) -> int:
+    """Run `generate.py` on mutated checkpoints, most with valid checksums; return how many succeeded."""
+    successes = 0
+    for _ in range(times):
+        entries = entries_of(whole)
+        if draw.random() < 0.7:  # damage inside an entry, most often the pickle, with a checksum that fits
+            at = draw.choice([0, 0, 0, draw.randrange(len(entries))])
+            entries[at] = (entries[at][0], mutated(entries[at][1], draw))
+            content = zipped(entries)
+        else:
+            content = mutated(whole, draw)
+        (folder / "model.pt").write_bytes(content)
+        successes += one_line_or_success(generate_from(folder), capsys.readouterr())
+    return successes
+
+
+def test_flipped_bits(tmp_path, whole, original):
+    flip_bits(tmp_path / "model.pt", whole, original, 12, random.Random(1))
+
+
+def test_flipped_bit_in_a_tensor_is_noticed(tmp_path, whole, original):
+    damaged = bytearray(whole)
+    at = whole.find(original.token_embeddings.weight.detach().numpy().tobytes()[4000:4016])
+    damaged[at] ^= 1
+    (tmp_path / "model.pt").write_bytes(damaged)
+    other = torch.load(tmp_path / "model.pt", weights_only=True)["token_embeddings.weight"]
+    assert not torch.equal(other, original.token_embeddings.weight), "torch.load itself does not notice"
+    assert not loads_as_the_original(tmp_path / "model.pt", original)
+
+
+def test_mutated_yaml(tmp_path, capsys):
+    try_mutated_yaml(tmp_path, capsys, 30, random.Random(1))
+
+
+def test_mutated_npz(tmp_path, capsys):
+    try_mutated_npz(tmp_path, capsys, 15, random.Random(1))
+
+
+def test_mutated_checkpoints(folder, capsys, whole):
+    try_mutated_checkpoints(folder, capsys, whole, 15, random.Random(1))
+
+
+@pytest.mark.soak
+def test_soak_random_damage(folder, tmp_path, capsys, whole, original):
+    draw = random.Random(11)
+    counts = {
+        "bit flips": flip_bits(tmp_path / "model.pt", whole, original, 100, draw),
+        "mutated YAML": try_mutated_yaml(tmp_path, capsys, 200, draw),
+        "mutated npz": try_mutated_npz(tmp_path, capsys, 200, draw),
+        "mutated checkpoints": try_mutated_checkpoints(folder, capsys, whole, 200, draw),
+    }
+    with capsys.disabled():
+        print(f"\nharmless of 100 bit flips, 200 YAML, 200 npz, 200 checkpoints: {counts}")
+
+
+# --- YAML ------------------------------------------------------------------------------------------------
+
+
+BILLION = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_lr: !!python/object/apply:os.system ['touch code_ran']\n",
+        "max_lr: !!int ''\n",
+        "max_lr: !!bool perhaps\n",
+        "max_lr: !!timestamp soon\n",
+        "max_lr: !!map 5\n",
+        "max_lr: !!binary '*'\n",
+        "? [a, b]\n: 5\n",
+        "max_lr: &loop [*loop]\n",
+        "max_lr: " + "[" * 5000 + "\n",
+        "max_lr: " + "9" * 5000 + "\n",
+        BILLION,
+        BILLION.replace("a59:", "max_lr:"),
+        BILLION.replace("a59:", "output_dir:"),
+        BILLION.replace("a59:", "model_config:"),
+    ],
+    ids=range(14),
+)
+def test_hostile_yaml(tmp_path, monkeypatch, capsys, text):
+    monkeypatch.chdir(tmp_path)
+    tiny = TinyRun(tmp_path)
+    lines = tiny.config.read_text().splitlines(keepends=True)
+    named = text.partition(":")[0] if text[0] != "a" else re.findall(r"^(max_lr|output_dir):", text, re.M)[-1:]
+    keep = [line for line in lines if not line.startswith(tuple(named) if isinstance(named, list) else named)]
+    tiny.config.write_text("".join(keep) + text)
+    one_line_or_success(status := tiny.main("--dry-run"), captured := capsys.readouterr())
+    assert status == 2 and len(captured.err) < 2000
+    assert not (tmp_path / "code_ran").exists()
