@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import encode_prompt, left_pad
+from generate import encode_prompt, last_logits, left_pad
 from model import DecoderLM
 
 YELP_TEMPLATE = "Here is a review from Yelp: {text}\nOverall, the place was"
@@ -43,7 +43,7 @@ def score(
         with torch.inference_mode(), tqdm(total=len(texts), desc="score", leave=False, disable=None) as bar:
             for indices in _batches_of_like_length(prompts, batch_size):
                 input_ids, mask = left_pad([prompts[i] for i in indices], tokenizer.eot_token, device)
-                logits[indices] = _last_logits(model, input_ids, mask)
+                logits[indices] = last_logits(model, input_ids, mask)
                 bar.update(len(indices))
     finally:
         model.train(was_training)
@@ -60,13 +60,6 @@ def _batches_of_like_length(prompts: list[list[int]], batch_size: int) -> list[l
             batches.append([])
         batches[-1].append(index)
     return batches
-
-
-def _last_logits(model: DecoderLM, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`model(input_ids, mask)[:, -1]` (B, V), projecting only the last position to the vocabulary."""
-    if not hasattr(model, "hidden_states"):
-        return model(input_ids, mask)[:, -1]
-    return model.token_logits(model.hidden_states(input_ids, mask)[:, -1:]).squeeze(1)
 
 
 def p_positive(logits: torch.Tensor, tokens_of_interest: list[int]) -> torch.Tensor:

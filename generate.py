@@ -122,7 +122,7 @@ def _continue_batch(model, input_ids, mask, next_tokens, max_new_tokens, eot_tok
     prompt_len = input_ids.shape[1]
     continuations = [[] for _ in input_ids]
     going = torch.arange(len(input_ids), device=input_ids.device)  # the rows of the batch not yet ended
-    next_token_logits = _NextTokenLogits(model)
+    next_token_logits = _NextTokenLogits(model, unpadded=bool(mask.all()))
 
     for _ in range(max_new_tokens):
         tokens = next_tokens(next_token_logits(input_ids, mask))[:, None]
@@ -142,6 +142,13 @@ def _continue_batch(model, input_ids, mask, next_tokens, max_new_tokens, eot_tok
     return continuations
 
 
+def last_logits(model: DecoderLM, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`model(input_ids, mask)[:, -1]`, of the last position alone where the model can: (B, S) -> (B, V)."""
+    if hasattr(model, "next_token_logits"):
+        return model.next_token_logits(input_ids, mask)
+    return model(input_ids, mask)[:, -1]
+
+
 class _NextTokenLogits:
     """`model(ids[:, -P:])[:, -1]` for a growing sequence, reading each token only once while it can.
 
@@ -151,21 +158,19 @@ class _NextTokenLogits:
     the whole window.
     """
 
-    def __init__(self, model: DecoderLM):
+    def __init__(self, model: DecoderLM, unpadded: bool):
         self.model = model
+        self.unpadded = unpadded  # then no mask is needed
         self.n_positions = model.position_embeddings.num_embeddings
         self.caches = model.kv_caches() if hasattr(model, "kv_caches") else None
 
     def __call__(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """input_ids (B, S), mask (B, S) -> (B, V)"""
-        if self.caches is None:  # a model without caches is as right, only slower
-            return self.model(input_ids[:, -self.n_positions :], mask[:, -self.n_positions :])[:, -1]
-        if input_ids.shape[1] <= self.n_positions:
-            new_ids = input_ids[:, self.caches[0].length :]
-            hidden = self.model.hidden_states(new_ids, mask, caches=self.caches)
-        else:
-            hidden = self.model.hidden_states(input_ids[:, -self.n_positions :], mask[:, -self.n_positions :])
-        return self.model.token_logits(hidden[:, -1:]).squeeze(1)  # of the last position only
+        if self.caches is not None and input_ids.shape[1] <= self.n_positions:
+            n_past = self.caches[0].length
+            mask = None if self.unpadded else mask
+            return self.model.next_token_logits(input_ids[:, n_past:], mask, caches=self.caches)
+        return last_logits(self.model, input_ids[:, -self.n_positions :], mask[:, -self.n_positions :])
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Keep the rows of the batch marked True in `rows` (B,)."""

@@ -150,7 +150,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if need_grad else None
         weight_grad = torch.zeros_like(weight) if need_grad else None
         buffer = hidden.new_empty(n_vocab * min(rows, n))
-        nats = hidden.new_zeros(())
+        nats = torch.zeros((), dtype=torch.float64)
         log2_e = math.log2(math.e)
         bounded = hidden.norm(dim=1).max() * weight.norm(dim=1).max() * log2_e < 64  # 2^64 is far from overflow
         for h, label, start in zip(hidden.split(rows), labels.split(rows), range(0, n, rows), strict=True):
@@ -161,14 +161,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             of_label = logits.gather(0, label[None])  # (1, R)
             p = logits.exp2_()  # in place, not yet divided by the sum
             total = p.sum(dim=0, keepdim=True)
-            nats += (total.log2() - of_label).sum() / log2_e
+            nats += (total.log2() - of_label).sum(dtype=torch.float64) / log2_e
             if need_grad:
                 p.scatter_add_(0, label[None], -total)
                 scale = 1 / (total.T * n)  # (R, 1): divides by the sum, and takes the mean
                 hidden_grad[start : start + rows] = torch.mm(p.T, weight) * scale
                 weight_grad.addmm_(p, h * scale)
         ctx.save_for_backward(hidden_grad, weight_grad)
-        return nats / n
+        return (nats / n).to(hidden.dtype)
 
     @staticmethod
     def backward(ctx, grad):

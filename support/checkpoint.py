@@ -51,7 +51,7 @@ def load_archive(path: Path, least_bytes: float, most_bytes: float, remedy: str 
             check(
                 least_bytes <= n_bytes <= most_bytes,
                 f"{path}: declares {n_bytes / 2**20:.2f} MiB, but its configuration needs "
-                f"{least_bytes / 2**20:.2f} to {most_bytes / 2**20:.2f}; check that the two belong together",
+                f"{least_bytes / 2**20:.2f} to {most_bytes / 2**20:.2f}; the two do not belong together; {remedy}",
             )
             unique = len({entry.filename for entry in entries}) == len(entries)
             check(unique, f"{path}: an entry stands in it twice; {remedy}")  # two readers could read two files

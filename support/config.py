@@ -162,7 +162,7 @@ def _convert(value, hint, path: str, key: str):
     check(number is not None, f"{path}: {key} = {shown} must be {kind}")
     check(math.isfinite(number), f"{path}: {key} = {shown} must be finite")
     if hint is int:
-        check(number == int(number), f"{path}: {key} = {shown} must be {kind}")
+        check(number == int(number) and abs(number) < 2**63, f"{path}: {key} = {shown} must be {kind}")
         return int(number)
     return float(number)
 
@@ -176,7 +176,7 @@ def _as_number(value) -> int | float | None:
             return float(value)
         except ValueError:
             return None
-    return value if isinstance(value, (int, float)) and abs(value) < 2**63 else None
+    return value if isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63) else None
 
 
 def _cross_check(config: TrainingConfig, path: str) -> None:

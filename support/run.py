@@ -51,6 +51,7 @@ class Run:
         self.recent_losses: deque[float] = deque(maxlen=20)  # train() keeps its running mean here
         self.seconds = 0.0  # trained before an interruption
         self._where_it_goes_on = ""
+        self._summary: dict | None = None
         # Until the first state was written and timed: its bytes at 200 MB/s.
         self._save_seconds = 12 * self.n_parameters / 2e8
         optimizer.register_step_pre_hook(self._check_gradients)
@@ -123,9 +124,12 @@ class Run:
                 disable=not sys.stderr.isatty(),
             )
             self._started = self._last_save = time.perf_counter()
-            with self._signals, closing(self._metrics), closing(self._bar), self._explained():
-                self._signals.deferring = self.start_step < self.config.num_training_steps
-                yield self
+            try:
+                with self._signals, closing(self._metrics), closing(self._bar), self._explained():
+                    self._signals.deferring = self.start_step < self.config.num_training_steps
+                    yield self
+            finally:
+                finish_tracking(self._summary)
 
     @contextmanager
     def _locked_folder(self) -> Iterator[None]:
@@ -281,5 +285,5 @@ class Run:
         facts = write_results(self, result, n_predictions, seconds)
         self.state_path.unlink(missing_ok=True)
         self._where_it_goes_on = "The run is finished and its results are written"
-        finish_tracking(result)
+        self._summary = result
         show_results(self, result, facts, sample)

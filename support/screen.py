@@ -85,5 +85,5 @@ def show_evaluation(
     heading("evaluate")
     show_facts({"model": checkpoint, "data": f"the val split of {corpus_name}"})
     loss, perplexity = result["val-loss"], result["val-perplexity"]
-    print("  " + bold(f"validation loss {loss:.4f} nats per token, perplexity {perplexity:.2f}"))
+    print("  " + bold(f"validation loss {loss:.4f} nats per token, perplexity {perplexity:.5g}"))
     print(f"  over {n_predictions:,} predicted tokens in rows of seq_len {seq_len}")

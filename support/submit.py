@@ -25,11 +25,12 @@ from support.screen import bold, heading
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("model.py", "train.py", "generate.py", "classify.py")
-PACKAGES = {"torch", "numpy", "yaml", "wandb", "datasets", "tqdm", "tiktoken"}  # those of the assignment
-ALLOWED = sys.stdlib_module_names | PACKAGES | {name.removesuffix(".py") for name in CODE}
+ALLOWED = {"torch", "numpy", "yaml", "wandb", "datasets", "tqdm", "tiktoken"}  # the assignment's packages
+ALLOWED |= sys.stdlib_module_names | {name.removesuffix(".py") for name in CODE}
 READY_MADE = {"Transformer", "TransformerEncoder", "TransformerEncoderLayer", "TransformerDecoder"}
 READY_MADE |= {"TransformerDecoderLayer", "MultiheadAttention", "multi_head_attention_forward"}
 READY_MADE |= {"scaled_dot_product_attention", "flex_attention"}
+MOST_MEGABYTES, MOST_FLOPS = 100, 1e17
 SHIPPED_SHA256: frozenset[str] = frozenset()  # of model.pt files that came with the package
 
 
@@ -46,15 +47,13 @@ def check_code(files: dict[str, Path]) -> str:
         in_functions = {node for function in functions for node in ast.walk(function)}
         for node in ast.walk(tree):
             where = f"{name}, line {getattr(node, 'lineno', 1)}"
-            imported, names = [], [getattr(node, "attr", ""), getattr(node, "id", "")]
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = [alias.name for alias in node.names]
-                imported = names if isinstance(node, ast.Import) else ["." * node.level + (node.module or "")]
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            imported = [node.module or "."] if isinstance(node, ast.ImportFrom) else names
             for package in (path.partition(".")[0] for path in imported):
                 # Support code may be used by main(), which the course's tests do not call.
                 good = package in ALLOWED or (package == "support" and node in in_functions)
                 check(good, f"{where}, imports '{package}', which the assignment does not allow; do without")
-            for word in READY_MADE.intersection(names):
+            for word in READY_MADE.intersection([*names, getattr(node, "attr", ""), getattr(node, "id", "")]):
                 raise UserError(f"{where}, uses {word}; write it out of tensor operations")
     return f"{', '.join(CODE)}: allowed imports only, no ready-made layers"
 
@@ -62,16 +61,15 @@ def check_code(files: dict[str, Path]) -> str:
 def check_alone(files: dict[str, Path]) -> str:
     """The four files load and run in an empty folder that has only the tests beside them."""
     with tempfile.TemporaryDirectory() as folder:
-        tests = Path(folder) / "tests"
-        tests.mkdir()
+        os.mkdir(f"{folder}/tests")
         for name in CODE:
             shutil.copy(files[name], folder)
         for name in ("conftest.py", "points.py", *(f"test_{name}" for name in CODE)):
-            shutil.copy(ROOT / "tests" / name, tests)
+            shutil.copy(ROOT / "tests" / name, f"{folder}/tests")
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--points-json=points", "tests"]
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        points = Path(folder) / "points"
+        points = Path(folder, "points")
         check(points.exists(), f"the tests did not run ({run.stdout.strip()[-200:]}); try pytest tests/")
         parts = json.loads(points.read_text(encoding="utf-8"))["tests"]
     for part in parts:
@@ -85,18 +83,19 @@ def check_checkpoint(files: dict[str, Path], named: str | None) -> str:
     """model.pt is the student's own, small enough, and loads with the config.yaml beside it."""
     from support.checkpoint import find_checkpoint, load_trained_model  # these import model.py
 
-    path, _ = find_checkpoint(None, named)
+    path = find_checkpoint(None, named)[0]
     files |= {"model.pt": path, "config.yaml": path.parent / "config.yaml"}
     check(path.name == "model.pt", f"{path}: the course asks for the exact name model.pt; rename it")
     trained = load_trained_model(None, str(path))
-    shipped = hashlib.sha256(path.read_bytes()).hexdigest() in SHIPPED_SHA256
-    check(not shipped, f"{path} came with the package; train your own and name it with --checkpoint")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    check(digest not in SHIPPED_SHA256, f"{path} came with the package; hand in one of your own")
     megabytes = path.stat().st_size / 1e6
-    check(megabytes < 100, f"{path} has {megabytes:.1f} MB, the course takes under 100; train a smaller model")
+    small = megabytes < MOST_MEGABYTES
+    check(small, f"{path} has {megabytes:.1f} MB, the course takes under {MOST_MEGABYTES}; train a smaller model")
     c = trained.config
-    n_tokens = c.num_training_steps * c.grad_accumulation_steps * c.batch_size * c.seq_len
-    flops = trained.model.flops_per_token * n_tokens
-    check(flops <= 1e17, f"{path} took {flops:.3g} FLOPs, more than the 1e17 allowed; train fewer steps")
+    steps = c.num_training_steps * c.grad_accumulation_steps
+    flops = trained.model.flops_per_token * steps * c.batch_size * c.seq_len
+    check(flops <= MOST_FLOPS, f"{path} took {flops:.3g} FLOPs, more than the 1e17 allowed; train fewer steps")
     return f"{path}: {megabytes:.1f} MB, fits the config.yaml beside it, {flops:.3g} of 1e17 FLOPs"
 
 
@@ -104,8 +103,8 @@ def check_report(files: dict[str, Path], name: str, path: str | None) -> str:
     """There is a PDF of the written answers: the one named, or the only one in the root and in report/."""
     found = [Path(path)] if path else sorted([*ROOT.glob("*.pdf"), *ROOT.glob("report/*.pdf")])
     remedy = "make it from report/template.tex, or name it with --report"
+    check(len(found) <= 1, f"several PDFs ({', '.join(pdf.name for pdf in found)}); name one with --report")
     check(bool(found) and found[0].is_file(), f"{path or 'the PDF of your answers'} is missing; {remedy}")
-    check(len(found) == 1, f"several PDFs ({', '.join(pdf.name for pdf in found)}); name one with --report")
     check(found[0].read_bytes()[:5] == b"%PDF-", f"{found[0]} is no PDF; {remedy}")
     files[name] = found[0]
     return f"{found[0]}: the written answers, packed as {name}"
@@ -119,8 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--report", metavar="PDF", help="your answers (default: the PDF here or in report/)")
     parser.add_argument("--force", action="store_true", help="write the zip file whatever failed")
     args = parser.parse_args(argv)
-    files: dict[str, Path] = {}  # name in the zip file -> where it is
-    n_failed = 0
+    files, n_failed = {}, 0  # name in the zip file -> where it is
 
     def holds(function, *arguments) -> bool:
         nonlocal n_failed
@@ -128,13 +126,12 @@ def main(argv: list[str] | None = None) -> None:
             print(f"[OK] {function(files, *arguments)}", flush=True)
             return True
         except Exception as error:  # the student's code may raise anything, and the other checks shall run
-            sentence = str(error) if isinstance(error, UserError) else f"your code raised {error!r}; mend it"
-            print(f"[FAIL] {sentence}", flush=True)
+            print(f"[FAIL] {error if isinstance(error, UserError) else f'your code raised {error!r}; mend it'}")
             n_failed += 1
             return False
 
     with exit_on_user_error():
-        check(re.fullmatch("[a-z][a-z0-9]*", args.andrew_id) is not None, f"'{args.andrew_id}': no Andrew ID")
+        check(bool(re.fullmatch("[a-z][a-z0-9]*", args.andrew_id)), f"'{args.andrew_id}' is no Andrew ID")
         heading(f"submit {args.andrew_id}")
         if holds(check_code):
             holds(check_alone)
@@ -143,9 +140,8 @@ def main(argv: list[str] | None = None) -> None:
         check(not n_failed or args.force, f"{n_failed} checks failed; mend them, or pack with --force")
         target = Path(f"{args.andrew_id}.zip")
         with atomic_file(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, source in files.items():
-                if source.is_file():
-                    archive.write(source, name)
+            for name in filter(lambda name: files[name].is_file(), files):
+                archive.write(files[name], name)
         verdict = f"WARNING: {n_failed} checks failed, packed nevertheless" if n_failed else "Ready to hand in"
         print("\n" + bold(f"{verdict}: {target}") + f" ({target.stat().st_size / 1e6:.1f} MB)")
 

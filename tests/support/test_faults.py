@@ -1,10 +1,16 @@
 """Faults, each really made: divergence, lack of memory or disk, W&B, a closed stdout, folders not to write to."""
 
 import contextlib
+import http.server
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
+import warnings
 
 import pytest
 import torch
@@ -12,7 +18,7 @@ from tiny_run import TinyRun, at_batches
 
 import train
 from model import DecoderLM
-from support import hardware, results
+from support import hardware, results, tracking
 from support.checkpoint import load_archive
 from support.config import ModelConfig
 from support.files import atomic_file, write_json
@@ -43,13 +49,16 @@ def limit(kind: int, most: int):
         resource.setrlimit(kind, (former, hard))
 
 
+def succeeds(command: list[str]) -> bool:
+    return shutil.which(command[0]) is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 14 MB, where this process may mount one; a tiny run needs 11.3 MB to begin."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", str(folder)]
-    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+    if not succeeds(["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", str(folder)]):
         pytest.skip("mounting a small disk is not allowed here; the tests with RLIMIT_FSIZE stand in")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
@@ -163,7 +172,7 @@ def test_number_of_parameters_is_that_of_the_model():
 
 def test_disk_full_while_saving(tmp_path, monkeypatch, capsys, small_disk, no_picture):
     tiny = TinyRun(tmp_path, output_dir=small_disk / "out", checkpoint_interval=1)
-    whole = TinyRun(tmp_path)
+    whole = TinyRun(tmp_path / "whole")
     assert whole.main() == 0
     kept = {}
 
@@ -184,7 +193,7 @@ def test_disk_full_while_saving(tmp_path, monkeypatch, capsys, small_disk, no_pi
 
 
 def test_disk_full_at_the_end(tmp_path, monkeypatch, capsys, small_disk, no_picture):
-    whole = TinyRun(tmp_path)
+    whole = TinyRun(tmp_path / "whole")
     assert whole.main() == 0
     tiny = TinyRun(tmp_path, output_dir=small_disk / "out")
     assert tiny.main("--set", "max_lr=0.1") == 0
@@ -297,18 +306,15 @@ def read_only_folder(tmp_path):
     """A folder that this process cannot write to, root or not."""
     folder = tmp_path / "sealed"
     folder.mkdir()
-    bind = ["mount", "--bind", "-o", "ro", str(folder), str(folder)]
-    unseal = ["umount", str(folder)]
-    if os.geteuid() != 0:
-        folder.chmod(0o500)
-        unseal = ["chmod", "700", str(folder)]
-    elif sys.platform != "linux" or (
-        subprocess.run(bind, capture_output=True).returncode
-        and subprocess.run(["chattr", "+i", str(folder)], capture_output=True).returncode
-    ):
-        pytest.skip("root may write everywhere here, and neither a read-only mount nor chattr is allowed")
-    elif not os.path.ismount(folder):
-        unseal = ["chattr", "-i", str(folder)]
+    ways = [
+        (["mount", "--bind", "-o", "ro", str(folder), str(folder)], ["umount", str(folder)]),
+        (["chattr", "+i", str(folder)], ["chattr", "-i", str(folder)]),
+    ]
+    if os.geteuid() != 0:  # permission bits do not bind root
+        ways = [(["chmod", "500", str(folder)], ["chmod", "700", str(folder)])]
+    unseal = next((undo for seal, undo in ways if succeeds(seal)), None)
+    if unseal is None:
+        pytest.skip("root may write everywhere here: neither a read-only mount nor chattr is allowed")
     yield folder
     subprocess.run(unseal, check=True)
 
@@ -355,18 +361,38 @@ def test_closed_stdout_and_unwritable_home(tmp_path):
     assert tiny.rows() == 41 and (tiny.out / "curve.png").exists()
 
 
-def test_stdout_closed_from_the_start_and_a_full_one(tmp_path):
-    tiny = TinyRun(tmp_path, num_training_steps=3)
-    shell = " ".join(map(json.dumps, tiny.command()))
-    closed = subprocess.run(["sh", "-c", f"exec {shell} >&- 2>&-"], timeout=120)
-    assert closed.returncode == 0 and tiny.rows() == 4
-    metrics = (tiny.out / "metrics.csv").read_text()
-    assert metrics.startswith("step,") and "train" not in metrics.split("\n", 1)[1], "a print went into a file"
-    if os.path.exists("/dev/full"):
-        full = subprocess.run(
-            ["sh", "-c", f"exec {shell} --dry-run > /dev/full"], capture_output=True, timeout=120
-        )
-        assert full.returncode == 0, full.stderr
+PROGRAM = """
+from support.errors import exit_on_user_error
+from support.screen import heading, show_note
+with exit_on_user_error():
+    file = open("file.txt", "w")
+    heading("train")
+    show_note("─ a note")
+    file.write("its own")
+    file.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("output", "encoding", "shown"),
+    [
+        (">&- 2>&-", "utf-8", b""),
+        ("> /dev/full 2>&1", "utf-8", b""),
+        ("", "ascii", b"? a note"),
+        ("", "utf-8", "─ a note".encode()),
+    ],
+    ids=["closed", "full", "without the character", "good"],
+)
+def test_standard_output(tmp_path, output, encoding, shown):
+    if "full" in output and not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": os.path.dirname(train.__file__)}
+    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
+    shell = ["sh", "-c", f"exec '{sys.executable}' program.py {output}"]
+    process = subprocess.run(shell, capture_output=True, cwd=tmp_path, env=environment)
+    assert process.returncode == 0 and not process.stderr, process.stderr
+    assert shown in process.stdout
+    assert (tmp_path / "file.txt").read_text() == "its own", "what was printed went into a file"
 
 
 def test_picture_that_cannot_be_drawn_costs_nothing(tmp_path, monkeypatch, capsys):
@@ -385,11 +411,116 @@ def making_the_picture_a_folder(function, out):
     return wrapped
 
 
-def test_characters_that_the_terminal_lacks(tmp_path):
-    code = "from support.errors import exit_on_user_error\nwith exit_on_user_error():\n    print('─ done')\n"
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": os.path.dirname(train.__file__)}
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
-    assert shown.stdout.split() == [b"?", b"done"], shown.stderr
-
-
 # --- W&B -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """W&B with a login, and with its functions ready to be made to fail; no run is left behind."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(tracking, "PATIENCE", 0.5)
+    monkeypatch.setattr(wandb, "run", None)
+    return wandb
+
+
+class FakeRun:
+    """What a W&B run looks like to the package, as far as nothing fails."""
+
+    id = "abc123"
+
+    def __init__(self):
+        self.summary = {}
+
+
+def fails(*args, **kwargs):
+    raise RuntimeError("the server is on fire")
+
+
+def hangs(*args, **kwargs):
+    time.sleep(30)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "words"),
+    [
+        ("init", fails, "did not start (the server is on fire)"),
+        ("init", hangs, "did not start (no answer in"),
+        ("log", fails, "stopped logging at step 0 (the server is on fire)"),
+        ("finish", fails, "did not take all (the server is on fire)"),
+        ("finish", hangs, "did not take all (no answer in"),
+    ],
+)
+def test_wandb_failing_is_one_warning(tmp_path, monkeypatch, wandb, no_picture, name, fault, words):
+    calls = []
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: setattr(wandb, "run", FakeRun()))
+    monkeypatch.setattr(wandb, "log", lambda *args, **kwargs: None)
+    monkeypatch.setattr(wandb, "finish", lambda **kwargs: setattr(wandb, "run", None))
+    monkeypatch.setattr(wandb, name, lambda *args, **kwargs: calls.append(name) or fault())
+    tiny = TinyRun(tmp_path)
+    started = time.monotonic()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert tiny.main() == 0
+    told = [str(warning.message) for warning in caught if "W&B" in str(warning.message)]
+    assert len(told) == 1 and words in told[0], told
+    assert calls == [name], "what failed once is not tried again"
+    assert time.monotonic() - started < 10 and tiny.rows() == 7
+
+
+def test_wandb_without_login_asks_for_none(tmp_path, monkeypatch, wandb, no_picture):
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("HOME", str(tmp_path))  # without a netrc file
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: pytest.fail("it would have prompted for a key"))
+    tiny = TinyRun(tmp_path)
+    with pytest.warns(UserWarning, match="no login"):
+        assert tiny.main() == 0
+    monkeypatch.delenv("WANDB_MODE")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tiny.main() == 0, "where nobody asked for W&B, nothing is said of it"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("server", ["refuses", "is silent", "answers nonsense"])
+def test_wandb_whose_server(tmp_path, server):
+    """The real client, against servers that do not do their part: the run is slower by seconds at most."""
+    if server == "answers nonsense":
+        listening = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Nonsense)
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        address = listening.server_address
+    else:
+        listening = socket.create_server(("127.0.0.1", 0))
+        address = listening.getsockname()
+        if server == "refuses":
+            listening.close()
+    tiny = TinyRun(tmp_path)
+    environment = {
+        **os.environ,
+        "WANDB_MODE": "online",
+        "WANDB_API_KEY": "0" * 40,
+        "WANDB_BASE_URL": f"http://127.0.0.1:{address[1]}",
+        "WANDB_DIR": str(tmp_path),
+    }
+    started = time.monotonic()
+    process = subprocess.run(tiny.command(), capture_output=True, text=True, env=environment, timeout=180)
+    assert process.returncode == 0 and tiny.rows() == 7, process.stderr
+    assert process.stderr.count("W&B did not start") == 1 and "Traceback" not in process.stderr, process.stderr
+    assert time.monotonic() - started < 60
+
+
+class Nonsense(http.server.BaseHTTPRequestHandler):
+    """Answers everything with a page that is no JSON."""
+
+    def do_POST(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>hello</html>")
+
+    do_GET = do_POST
+
+    def log_message(self, *args):
+        """Print nothing."""

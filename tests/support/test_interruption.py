@@ -102,7 +102,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path, monkeypatch):
 
 def test_killed_runs_fall_back_to_the_last_state(tmp_path, uninterrupted):
     tiny = TinyRun(tmp_path, checkpoint_interval=2)
-    for rows in (2, 4, 6):
+    for rows in (2, 5):
         process = tiny.process()
         wait_until(lambda: tiny.rows() > rows or not process.is_alive())  # noqa: B023
         process.kill()
@@ -137,7 +137,7 @@ def kill_writers(path, times: int, draw: random.Random) -> int:
 
 
 def test_killed_writer_leaves_a_whole_file(tmp_path):
-    assert kill_writers(tmp_path / "state.pt", 10, random.Random(1)) >= 10
+    assert kill_writers(tmp_path / "state.pt", 6, random.Random(1)) >= 6
 
 
 def test_results_stand_until_the_new_ones_are_complete(tmp_path, monkeypatch, uninterrupted):
@@ -257,7 +257,7 @@ def test_writing_takes_less_than_a_hundredth_of_the_time(cost, passed, due):
 @pytest.mark.soak
 def test_soak_sixty_kills_of_one_run(tmp_path, capsys):
     keys = {"num_training_steps": 1500, "checkpoint_interval": 3}
-    reference = TinyRun(tmp_path, output_dir=tmp_path / "reference", **keys)
+    reference = TinyRun(tmp_path / "reference", **keys)
     assert reference.main() == 0
     tiny = TinyRun(tmp_path, **keys)
     draw, kills, statuses = random.Random(7), 0, []

@@ -30,6 +30,7 @@ class TinyRun:
     """Its configuration and token file, in a folder of their own beside the output folder."""
 
     def __init__(self, folder: Path, **keys):
+        folder.mkdir(exist_ok=True)
         self.out = Path(keys.pop("output_dir", folder / "out"))
         self.tokens = folder / "tokens.npz"
         self.config = folder / "tiny.yaml"

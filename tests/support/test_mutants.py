@@ -1,0 +1,23 @@
+"""The tests tell wrong solutions from right ones: see tests/mutants.py."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MUTANTS = Path(__file__).resolve().parent.parent / "mutants.py"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--quick"],
+        pytest.param([], marks=pytest.mark.soak),
+        pytest.param(["--right"], marks=pytest.mark.soak),
+    ],
+    ids=["one mutant of each family", "all mutants", "right solutions"],
+)
+def test_mutants(arguments):
+    run = subprocess.run([sys.executable, MUTANTS, *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr

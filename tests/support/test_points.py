@@ -1,0 +1,75 @@
+"""The table of points: a group gives all or nothing, a skip is neutral, a partial run says that it is one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+EMBED = """
+import pytest
+
+@pytest.mark.question("1.3", "embed")
+class TestEmbed:
+    def test_one(self):
+        pass
+
+    def test_two(self):
+        {body}
+"""
+
+
+@pytest.fixture
+def run(pytester):
+    plugin = Path(__file__).resolve().parent.parent / "points.py"
+    shutil.copy(plugin, pytester.path / "conftest.py")
+
+    def run(*args, body="pass", **files):
+        pytester.makepyfile(test_model=EMBED.format(body=body), **files)
+        result = pytester.runpytest("--points-json", "points.json", *args)
+        path = pytester.path / "points.json"
+        run.errors = result.stderr.str()
+        return result.stdout, json.loads(path.read_text()) if path.exists() else None
+
+    return run
+
+
+def test_all_points_when_all_tests_pass(run):
+    out, points = run()
+    out.fnmatch_lines(["1.3 * embed * 2 of 2 * 5 / 5", "total * 5 / 5"])
+    assert points["score"] == 5
+    assert points["tests"] == [
+        {"name": "1.3 embed", "score": 5, "max_score": 5, "output": "2 of 2 tests passed"}
+    ]
+
+
+def test_no_points_when_one_fails(run):
+    out, points = run(body="assert 1 + 1 == 3, 'expected 3, got 2'")
+    out.fnmatch_lines(["1.3 * embed * 1 of 2 * 0 / 5", "total * 0 / 5"])
+    assert points["tests"][0]["output"].startswith("TestEmbed::test_two: AssertionError: expected 3, got 2")
+
+
+def test_a_skip_is_neutral(run):
+    out, _ = run(body="pytest.skip('no such thing here')")
+    out.fnmatch_lines(["1.3 * embed * 1 of 1 * 5 / 5"])
+
+
+def test_a_deselected_test_leaves_its_group_undecided(run):
+    out, points = run("-k", "test_one")
+    out.fnmatch_lines(
+        ["1.3 * embed * 1 of 1 * – / 5 * partial*", "total * 0 / 0", "partial run: tests were chosen*"]
+    )
+    assert points["score"] == 0 and points["tests"] == []
+
+
+def test_a_file_that_does_not_load_costs_only_its_own_groups(run):
+    out, points = run(test_train="this is not Python")
+    out.fnmatch_lines(["1.3 * embed * 5 / 5", "2.1 * train * 0 / 4 * could not be loaded*", "total * 5 / 25"])
+    assert points["score"] == 5
+
+
+def test_an_unknown_group_is_an_error(run):
+    run(test_other="import pytest\n@pytest.mark.question('9.9', 'x')\ndef test_x(): pass")
+    assert "unknown group of points" in run.errors

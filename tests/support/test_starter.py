@@ -1,0 +1,181 @@
+"""The student's edition, walked through: as it is handed out, with our solution, and with a plain one."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import make_starter
+import points
+import pytest
+
+ROOT = Path(make_starter.__file__).resolve().parent.parent
+PLAIN = ROOT / "tests" / "plain"
+FULL_POINTS = sum(points for points, _ in points.GROUPS.values())
+
+
+@pytest.fixture
+def starter(tmp_path):
+    make_starter.main([str(tmp_path / "starter")])
+    return tmp_path / "starter"
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, *command]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def graded(folder: Path) -> dict:
+    """The points of the folder's tests, as the autograder's file has them."""
+    files = [f"tests/test_{Path(name).stem}.py" for name in make_starter.GRADED]
+    result = run(
+        folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "--points-json", "points.json"
+    )
+    assert (folder / "points.json").exists(), result.stdout + result.stderr
+    return json.loads((folder / "points.json").read_text(encoding="utf-8"))
+
+
+def test_handed_out_it_imports_and_scores_nothing_with_clear_failures(starter):
+    names = [Path(name).stem for name in make_starter.GRADED]
+    imported = run(starter, "-c", f"import {', '.join(names)}")
+    assert imported.returncode == 0, imported.stderr
+    result = graded(starter)
+    assert result["score"] == 0
+    assert len(result["tests"]) == len(points.GROUPS), "every part must be decided"
+    for part in result["tests"]:
+        question, name = part["name"].split(" ", 1)
+        assert f"NotImplementedError: question {question}: " in part["output"], f"{name}: {part['output']}"
+        assert "could not be loaded" not in part["output"]
+
+
+def test_with_our_solution_it_gets_all_points(starter):
+    for name in make_starter.GRADED:
+        shutil.copyfile(ROOT / name, starter / name)
+    result = graded(starter)
+    assert result["score"] == FULL_POINTS, result
+
+
+def functions_of(text: str) -> dict[str, ast.FunctionDef]:
+    found = make_starter.definitions(ast.parse(text))
+    return {path: node for node, path in found if isinstance(node, ast.FunctionDef)}
+
+
+def fill(starter_text: str, solution_text: str) -> str:
+    """The starter's file with each function that is not written yet taken from the solution."""
+    solution, lines = functions_of(solution_text), starter_text.splitlines()
+    theirs = solution_text.splitlines()
+    for path, node in reversed(functions_of(starter_text).items()):
+        if "NotImplementedError" in ast.unparse(node):
+            written = solution[path]
+            lines[node.lineno - 1 : node.end_lineno] = theirs[written.lineno - 1 : written.end_lineno]
+    return "\n".join(lines) + "\n"
+
+
+def test_a_plain_solution_gets_all_points_and_the_commands_work(starter):
+    for name in make_starter.GRADED:
+        text = fill((starter / name).read_text(encoding="utf-8"), (PLAIN / name).read_text(encoding="utf-8"))
+        assert "NotImplementedError" not in text
+        (starter / name).write_text(text, encoding="utf-8")
+    assert graded(starter)["score"] == FULL_POINTS
+    settings = ("num_training_steps=3", "num_warmup_steps=1", "batch_size=2", "seq_len=8", "data=tiny.npz")
+    settings += ("model_config.n_embd=4",)
+    make_tokens = "import numpy as np; t = np.arange(90, dtype=np.uint16); np.savez('tiny', train=t, val=t)"
+    for command in (
+        ("-c", make_tokens),
+        ("train.py", "configs/smoke.yaml", "--set", *settings),
+        ("generate.py", "--max_new_tokens", "3", "--temperature", "0.7"),
+        ("classify.py", "--limit", "5", "--data", "data/reviews.jsonl"),
+    ):
+        result = run(starter, *command)
+        assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
+    written = {path.name for path in (starter / "outputs" / "smoke").iterdir()}
+    assert {"model.pt", "config.yaml", "eval.json", "generation.jsonl", "classification.json"} <= written
+
+
+def squeezed(text: str) -> str:
+    return re.sub(r"\s", "", text)
+
+
+def body_lines(node: ast.FunctionDef) -> set[str]:
+    """The statements of a function, a line each, without docstring, comments and spaces."""
+    statements = node.body[1:] if ast.get_docstring(node) else node.body
+    lines = "\n".join(ast.unparse(statement) for statement in statements).splitlines()
+    return {squeezed(line) for line in lines}
+
+
+def graded_lines() -> set[str]:
+    """Lines of graded bodies and of helpers left out, of our solution and of the plain one, that say something."""
+    lines = set()
+    for name in make_starter.GRADED:
+        ours, plain = (functions_of((folder / name).read_text(encoding="utf-8")) for folder in (ROOT, PLAIN))
+        kept = functions_of(make_starter.student_source(name))
+        for functions in (ours, plain):
+            for path, node in functions.items():
+                if path not in kept or "NotImplementedError" in ast.unparse(kept[path]):
+                    lines |= body_lines(node)
+    # Shorter ones, such as `returnloss` or `model.eval()`, give nothing away.
+    return {line for line in lines if len(line) > 24}
+
+
+# What the given code, which the handout asks nobody to write, has in common with graded bodies.
+GIVEN_ANYWAY = {
+    "was_training=model.training",  # evaluate
+    "withtorch.inference_mode():",
+    "loss=compute_language_modeling_loss(input_ids,model(input_ids))",
+    "iftokens.ndim!=1:",
+}
+
+
+def test_no_graded_body_is_left_in_any_file(starter):
+    lines = graded_lines() - GIVEN_ANYWAY
+    assert len(lines) > 80, "the comparison must have something to look for"
+    for path in sorted(starter.rglob("*")):
+        if path.suffix in (".py", ".md", ".tex", ".yaml", ".txt", ".toml"):
+            text = squeezed(path.read_text(encoding="utf-8"))
+            left = sorted(line for line in lines if line in text)
+            assert not left, f"{path.relative_to(starter)} gives away {left}"
+
+
+def test_what_is_left_out(starter):
+    files = {path.relative_to(starter).as_posix() for path in starter.rglob("*") if path.is_file()}
+    expected = {"README.md", "prefixs.json", "requirements.txt", "configs/GPT-tiny.yaml", "data/sample.npz"}
+    expected |= {"support/submit.py", "tests/points.py", "tests/conftest.py", "report/template.tex"}
+    expected |= {f"tests/test_{name}" for name in make_starter.GRADED} | set(make_starter.GRADED)
+    assert expected <= files, f"missing: {sorted(expected - files)}"
+    for word in (
+        "mutants",
+        "make_starter",
+        "bench",
+        "plain",
+        "tokens.npz",
+        "model.pt",
+        "config.yaml",
+        ".pdf",
+    ):
+        found = [file for file in files if word in file]
+        assert not found, f"{word}: must be left out, got {found}"
+    for name in make_starter.GRADED:
+        dropped = make_starter.DROPPED[name] | make_starter.DROPPED_PARAMETERS
+        tree = ast.parse((starter / name).read_text(encoding="utf-8"))
+        names = {getattr(node, "id", getattr(node, "attr", None)) for node in ast.walk(tree)}
+        assert not names & dropped, f"{name}: still uses {names & dropped}"
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("homework")
+    with pytest.raises(SystemExit) as stop:
+        make_starter.main([str(tmp_path)])
+    assert stop.value.code == 2
+    assert "choose another" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_edit_whose_text_is_gone_is_an_error(monkeypatch):
+    monkeypatch.setattr(make_starter, "EDITS", [("model.py", "no such text in it", "")])
+    with pytest.raises(ValueError, match=r"model\.py: 0 times instead of once"):
+        make_starter.student_source("model.py")

@@ -1,0 +1,166 @@
+"""The hand-in, walked through with a tiny solution: what is right is packed, and each fault is named."""
+
+import hashlib
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import KEYS, TinyRun
+
+from model import DecoderLM
+from support import submit
+from support.config import dump_config, load_config
+
+ROOT = submit.ROOT
+NAMES = {*submit.CODE, "model.pt", "config.yaml", "ada.pdf"}
+
+
+@pytest.fixture
+def solution(tmp_path, monkeypatch):
+    """A folder with a trained model, answers and the four files; the course's tests are not run here."""
+    run = TinyRun(tmp_path)
+    root = tmp_path / "solution"
+    (root / "report").mkdir(parents=True)
+    for name in submit.CODE:
+        shutil.copyfile(ROOT / name, root / name)
+    model = DecoderLM(50257, **KEYS["model_config"])
+    torch.save(model.state_dict(), root / "model.pt")
+    (root / "config.yaml").write_text(dump_config(load_config(str(run.config))))
+    (root / "report" / "answers.pdf").write_bytes(b"%PDF-1.5 ...")
+    monkeypatch.setattr(submit, "ROOT", root)
+    monkeypatch.setattr(submit, "check_alone", lambda files: "not run")
+    monkeypatch.chdir(root)
+    return root
+
+
+def outcome(capsys, *arguments: str) -> tuple[int, str]:
+    """Exit status and what was printed, of `submit ada --checkpoint model.pt …`."""
+    try:
+        submit.main(["ada", "--checkpoint", "model.pt", *arguments])
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def test_a_good_solution_is_packed_under_the_exact_names(solution, capsys):
+    status, printed = outcome(capsys)
+    assert status == 0 and "[FAIL]" not in printed and printed.count("[OK]") == 4, printed
+    with zipfile.ZipFile("ada.zip") as archive:
+        assert set(archive.namelist()) == NAMES
+        assert archive.read("model.pt") == (solution / "model.pt").read_bytes()
+        assert archive.read("ada.pdf") == (solution / "report" / "answers.pdf").read_bytes()
+
+
+def edit(name: str, old: str, new: str):
+    def change(root: Path):
+        text = (root / name).read_text(encoding="utf-8")
+        assert old in text
+        (root / name).write_text(text.replace(old, new, 1), encoding="utf-8")
+
+    return change
+
+
+def put(name: str, content: bytes):
+    return lambda root: (root / name).write_bytes(content)
+
+
+# ruff: noqa: E501 (one fault, one line)
+# fmt: off
+FAULTS = {
+    "a missing file": (lambda root: (root / "generate.py").unlink(), "generate.py is missing"),
+    "a syntax error": (edit("classify.py", "def score(", "def score(("), "classify.py is not valid Python"),
+    "a new package": (edit("model.py", "import math\n", "import einops, math\n"), "line 24, imports 'einops'"),
+    "a package at level": (edit("model.py", "import math\n", "from . import math\n"), "imports '.'"),
+    "support at module level": (edit("train.py", "import math\n", "import math\nimport support.run\n"), "imports 'support'"),
+    "a ready-made layer": (edit("model.py", "nn.Linear(n_embd, n_embd)", "nn.MultiheadAttention(n_embd, n_head)"), "uses MultiheadAttention"),
+    "ready-made attention": (edit("model.py", "F.softmax(", "F.scaled_dot_product_attention("), "uses scaled_dot_product_attention"),
+    "ready-made, imported": (edit("model.py", "from torch import nn\n", "from torch import nn\nfrom torch.nn import TransformerDecoder\n"), "uses TransformerDecoder"),
+    "no checkpoint": (lambda root: (root / "model.pt").unlink(), "model.pt: no such checkpoint"),
+    "no configuration": (lambda root: (root / "config.yaml").unlink(), "config.yaml: missing"),
+    "a foreign checkpoint": (put("model.pt", b"<html>"), "no PyTorch checkpoint but a web page"),
+    "another model's configuration": (edit("config.yaml", "n_embd: 8", "n_embd: 16"), "n_embd = 8"),
+    "too much training": (edit("config.yaml", "num_training_steps: 6", "num_training_steps: 6000000000"), "more than the 1e17 allowed"),
+    "no answers": (lambda root: (root / "report" / "answers.pdf").unlink(), "the PDF of your answers is missing"),
+    "two PDFs": (put("notes.pdf", b"%PDF-"), "several PDFs"),
+    "answers that are no PDF": (put("report/answers.pdf", b"hello"), "is no PDF"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named_and_nothing_is_packed(solution, capsys, fault):
+    damage, sentence = FAULTS[fault]
+    damage(solution)
+    status, printed = outcome(capsys)
+    failed = [line for line in printed.splitlines() if line.startswith("[FAIL]")]
+    assert len(failed) == 1 and sentence in failed[0], printed
+    assert status == 2 and "1 checks failed; mend them, or pack with --force" in printed
+    assert not Path("ada.zip").exists()
+
+
+def test_force_packs_what_there_is_with_a_warning(solution, capsys):
+    (solution / "report" / "answers.pdf").unlink()
+    status, printed = outcome(capsys, "--force")
+    assert status == 0 and "WARNING: 1 checks failed" in printed
+    with zipfile.ZipFile("ada.zip") as archive:
+        assert set(archive.namelist()) == NAMES - {"ada.pdf"}
+
+
+def test_a_large_checkpoint_is_refused(solution, capsys, monkeypatch):
+    monkeypatch.setattr(submit, "MOST_MEGABYTES", 1)
+    _, printed = outcome(capsys)
+    assert "[FAIL] model.pt has 1." in printed and "the course takes under 1;" in printed
+
+
+def test_the_model_that_comes_with_the_package_is_refused(solution, capsys, monkeypatch):
+    digest = hashlib.sha256((solution / "model.pt").read_bytes()).hexdigest()
+    monkeypatch.setattr(submit, "SHIPPED_SHA256", frozenset({digest}))
+    _, printed = outcome(capsys)
+    assert "[FAIL] model.pt came with the package" in printed
+
+
+def test_every_shipped_model_is_known_by_its_hash():
+    shipped = [path for path in (ROOT / "model.pt",) if path.exists()]
+    for path in shipped:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert digest in submit.SHIPPED_SHA256, f"add {digest} to SHIPPED_SHA256 in support/submit.py"
+
+
+def test_code_that_raises_fails_its_check_only(solution, capsys, monkeypatch):
+    def broken(files):
+        raise NotImplementedError("question 1.3")
+
+    monkeypatch.setattr(submit, "check_alone", broken)
+    _, printed = outcome(capsys)
+    assert "[FAIL] your code raised NotImplementedError('question 1.3')" in printed
+    assert printed.count("[OK]") == 3
+
+
+@pytest.mark.parametrize("name", ["", "Ada", "../ada", "ada.zip"])
+def test_an_andrew_id_is_a_plain_name(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        submit.main([name])
+    assert stop.value.code == 2 and "no Andrew ID" in capsys.readouterr().err
+
+
+class TestAlone:
+    """The four files in an empty folder, with the course's tests beside them."""
+
+    def test_good_files_get_all_points(self, tmp_path):
+        sentence = submit.check_alone({name: ROOT / name for name in submit.CODE})
+        assert sentence == "the files run alone: 65 of 65 points"
+
+    def test_lost_points_and_files_that_need_others_are_named(self, tmp_path):
+        for name in submit.CODE:
+            shutil.copyfile(ROOT / name, tmp_path / name)
+        files = {name: tmp_path / name for name in submit.CODE}
+        edit("classify.py", "def classify_binary_sentiment(", "def classify(")(tmp_path)
+        sentence = submit.check_alone(files)
+        assert sentence == "the files run alone: 61 of 65 points, lost: 3.4 classify_binary_sentiment"
+        edit("classify.py", "import argparse\n", "import argparse\nimport my_helpers\n")(tmp_path)
+        with pytest.raises(submit.UserError, match=r"test_classify\.py could not be loaded: .*my_helpers"):
+            submit.check_alone(files)
