@@ -50,7 +50,8 @@ def show_note(note: str) -> None:
 
 
 def show_text(prompt: str, continuation: str) -> None:
-    """A prompt in faint type and its continuation in bold."""
+    """A prompt in faint type and its continuation in bold, line breaks shown as ⏎."""
+    prompt, continuation = (text.replace("\n", " ⏎ ") for text in (prompt, continuation))
     print(f"  {dim(prompt)}{bold(continuation)}\n")
 
 

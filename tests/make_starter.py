@@ -164,8 +164,9 @@ EDITS = [
     (
         "classify.py",
         """    Texts of like length go through the model together (at most batch_size of them), so that little is
-    padding. Of a text""",
-        "    At most batch_size texts go through the model together. Of a text",
+    padding. Of a text longer than n_positions the last tokens count. `tokenizer`""",
+        """    At most batch_size texts go through the model together. Of a text longer than n_positions the last
+    tokens count. `tokenizer`""",
     ),
     ("classify.py", "        p = p_positive(logits, tokens)\n        accuracy, boundaries,", "        accuracy,"),
     ("classify.py", "predictions = {}, {}, {}\n", "predictions = {}, {}\n"),

@@ -95,7 +95,7 @@ def _main(config: str, arguments: tuple, log: str) -> None:
         train.main([config, *arguments])
 
 
-def wait_until(condition, seconds: float = 60) -> None:
+def wait_until(condition, seconds: float = 120) -> None:
     """Poll until the condition holds; fail after the given time."""
     deadline = time.monotonic() + seconds
     while not condition():
