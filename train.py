@@ -5,6 +5,7 @@
     python train.py configs/GPT-tiny.yaml --set max_lr=1e-3      with another value for a key
     python train.py configs/GPT-tiny.yaml --dry-run              only say what it would take
     python train.py configs/GPT-tiny.yaml --evaluate model.pt    only evaluate a checkpoint
+    torchrun --nproc_per_node=4 train.py configs/GPT-tiny.yaml   on four GPUs
 
 Shapes: B sequences in a batch, S tokens in each, D hidden size, V vocabulary size, N = B (S - 1)
 predictions.
@@ -190,18 +191,31 @@ class LanguageModelingLoss(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         if not hasattr(self.model, "hidden_states"):
-            return compute_language_modeling_loss(input_ids, self.model(input_ids))
+            logits = self.model(input_ids)
+            precision = torch.promote_types(logits.dtype, torch.float32)
+            return compute_language_modeling_loss(input_ids, logits.to(precision))
         hidden = self.model.hidden_states(input_ids)[:, :-1].flatten(end_dim=1)  # (N, D)
         weight = self.model.token_embeddings.weight  # (V, D), tied
         labels = input_ids[:, 1:].flatten()
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.to(weight.dtype)
             if hidden.device.type != "cpu":  # the library's chunks keep a GPU busy without waiting for it
-                options = nn.LinearCrossEntropyOptions(batch_chunk_size=4096)
+                options = nn.LinearCrossEntropyOptions(batch_chunk_size=2048)
                 return F.linear_cross_entropy(hidden, weight, labels, options=options)
             # Narrow products are bound by memory: keep their chunk in cache. Wide ones want many rows.
             rows = 32 if hidden.shape[1] < 128 else 512
             return _ChunkedCrossEntropy.apply(hidden, weight, labels, rows)
+
+
+def _loss_module(model: nn.Module) -> nn.Module:
+    """The model's loss as a module. What is or wraps one already stays as it is."""
+    is_loss = any(isinstance(module, LanguageModelingLoss) for module in model.modules())
+    return model if is_loss else LanguageModelingLoss(model)
+
+
+def _sum_over_ranks(model: nn.Module, *values: float) -> tuple[float, ...]:
+    """The sums over all processes that train together; of one process the values themselves."""
+    return model.sum_over_ranks(*values) if hasattr(model, "sum_over_ranks") else values
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -213,7 +227,7 @@ class StepResult(NamedTuple):
     """What happened in one training step, as `train` tells it to `on_step`."""
 
     step: int
-    loss: float  # mean of this step's micro-batch losses, nats per token
+    loss: float  # mean of this step's micro-batch losses, of all processes, nats per token
     train_loss: float  # mean over the last RUNNING_MEAN_STEPS steps
     learning_rate: float
 
@@ -230,7 +244,8 @@ def train(
     start_step: int = 0,
     on_step: Callable[[StepResult], None] | None = None,
 ) -> None:
-    """Train the model in place for the steps start_step .. num_training_steps - 1.
+    """Train the model in place for the steps start_step .. num_training_steps - 1. `model` may
+    also be its LanguageModelingLoss, distributed or compiled.
 
     Each step sets lr_schedule(step), draws grad_accumulation_steps micro-batches and updates the weights
     once with the gradient of their mean loss. The train-loss and learning rate go to the active W&B run,
@@ -239,8 +254,9 @@ def train(
 
     Raises FloatingPointError before the weights change when a loss is not finite.
     """
-    loss_of = LanguageModelingLoss(model)
+    loss_of = _loss_module(model)
     loss_of.train()
+    no_sync = getattr(loss_of, "no_sync", nullcontext)  # distributed: leaves the gradients unaveraged
     batches = iter(batch_sampler)
     recent_losses = getattr(on_step, "recent_losses", deque(maxlen=RUNNING_MEAN_STEPS))
     log_to_wandb = wandb.run is not None
@@ -251,15 +267,17 @@ def train(
 
         optimizer.zero_grad()
         losses = []
-        for _ in range(grad_accumulation_steps):
+        for i in range(grad_accumulation_steps):
             input_ids = next(batches)
-            with autocast:
-                loss = loss_of(input_ids)
-            # Divided, the micro-batches' gradients sum to the gradient of their mean loss.
-            (loss / grad_accumulation_steps).backward()
+            with nullcontext() if i == grad_accumulation_steps - 1 else no_sync():
+                with autocast:
+                    loss = loss_of(input_ids)
+                # Divided, the micro-batches' gradients sum to the gradient of their mean loss.
+                (loss / grad_accumulation_steps).backward()
             losses.append(loss.detach())
 
-        step_loss = torch.stack(losses).mean().item()
+        sum_of_losses, n_ranks = _sum_over_ranks(model, torch.stack(losses).mean().item(), 1)
+        step_loss = sum_of_losses / n_ranks
         if not math.isfinite(step_loss):
             raise FloatingPointError(f"the loss is {step_loss} at step {step} (learning rate {learning_rate:.3g})")
         optimizer.step()
@@ -287,7 +305,7 @@ def evaluate(
     Raises ValueError when there is no batch.
     """
     was_training = model.training
-    loss_of = LanguageModelingLoss(model).eval()
+    loss_of = _loss_module(model).eval()
     total_loss, n_predictions = 0.0, 0
     try:
         with torch.inference_mode():
@@ -299,6 +317,7 @@ def evaluate(
                 n_predictions += B * (S - 1)
     finally:
         model.train(was_training)
+    total_loss, n_predictions = _sum_over_ranks(model, total_loss, n_predictions)
     if n_predictions == 0:
         raise ValueError("no batch to evaluate: the corpus is shorter than one batch")
     val_loss = total_loss / n_predictions
@@ -333,6 +352,7 @@ def main(argv: list[str] | None = None) -> None:
     from support.checkpoint import load_weights
     from support.config import load_config
     from support.corpus import load_corpus
+    from support.distribution import join_world
     from support.errors import exit_on_user_error
     from support.faults import check_memory
     from support.hardware import choose_hardware
@@ -340,24 +360,25 @@ def main(argv: list[str] | None = None) -> None:
     from support.screen import show_evaluation
     from support.tokenizer import get_tokenizer
 
-    with exit_on_user_error():
+    with exit_on_user_error(), join_world() as world:
         config = load_config(args.config, args.set, args.data)
-        hardware = choose_hardware(config.device)
+        hardware = choose_hardware(world.device(config.device))
         device, autocast = hardware.device, hardware.autocast()
         tokenizer = get_tokenizer(config.tokenizer_encoding)
-        corpus = load_corpus(config.data, tokenizer.n_vocab)
+        with world.rank_0_first():
+            corpus = load_corpus(config.data, tokenizer.n_vocab)
         corpus.check_length(config.seq_len)
 
         check_memory(config.model_config, tokenizer.n_vocab, device)
         torch.manual_seed(config.seed)
         model = DecoderLM(tokenizer.n_vocab, **vars(config.model_config)).to(device)
+        wrapped = world.distribute(LanguageModelingLoss(model), config.seed)
 
         def validation_loss() -> tuple[dict[str, float], int]:
             rows = len(corpus.val) // config.seq_len
-            batches = sequential_batch_sampler(
-                corpus.val, device, config.batch_size, config.seq_len, drop_last=False
-            )
-            return evaluate(model, batches, autocast), rows * (config.seq_len - 1)
+            tokens = world.share(corpus.val, config.seq_len)
+            batches = sequential_batch_sampler(tokens, device, config.batch_size, config.seq_len, drop_last=False)
+            return evaluate(wrapped, batches, autocast), rows * (config.seq_len - 1)
 
         if args.evaluate:
             load_weights(model, args.evaluate, config.model_config)
@@ -376,17 +397,17 @@ def main(argv: list[str] | None = None) -> None:
         )
         batches = random_batch_sampler(corpus.train, device, config.batch_size, config.seq_len)
         work = (config.num_training_steps, config.grad_accumulation_steps)
-        flops = training_flops(model, *work, config.batch_size, config.seq_len)
-        run = Run(config, hardware, corpus, model, optimizer, flops)
+        flops = training_flops(model, *work, config.batch_size * world.size, config.seq_len)
+        run = Run(config, hardware, corpus, model, optimizer, flops, world)
         run.show_header(f"train {args.config}")
         if args.dry_run:
             with run.stopwatch() as on_step:
-                train(model, batches, optimizer, lr_schedule, autocast, 6, work[1], on_step=on_step)
+                train(wrapped, batches, optimizer, lr_schedule, autocast, 6, work[1], on_step=on_step)
             return
 
         with run.open(args.fresh):
             train(
-                model,
+                wrapped,
                 batches,
                 optimizer,
                 lr_schedule,

@@ -26,16 +26,16 @@ RETRY = "copy it again or train the model anew"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def packed_weights(model: nn.Module) -> bytes:
+def packed_weights(model: nn.Module) -> memoryview:
     """The model's state_dict, tensors only, as torch.save writes it."""
     return packed({key: tensor.detach().cpu() for key, tensor in model.state_dict().items()})
 
 
-def packed(values: dict) -> bytes:
+def packed(values: dict) -> memoryview:
     """What torch.save writes. In memory, so that a full disk is later an OSError of one file, nothing else."""
     buffer = io.BytesIO()
     torch.save(values, buffer)
-    return buffer.getvalue()
+    return buffer.getbuffer()  # not a copy: the state of a large model is gigabytes
 
 
 def load_archive(path: Path, least_bytes: float, most_bytes: float, remedy: str = RETRY) -> dict:

@@ -41,7 +41,7 @@ def exit_on_user_error():
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the host or of a device; PyTorch says so in several ways."""
-    words = ("out of memory", "can't allocate memory")
+    words = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )

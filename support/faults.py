@@ -7,6 +7,7 @@ from contextlib import suppress
 import torch
 
 from support.config import ModelConfig, TrainingConfig
+from support.distribution import LOST, lost_process
 from support.errors import RunStopped, check, first_line, is_out_of_memory
 
 BYTES_PER_PARAMETER = 16  # float32 weight, gradient and AdamW's two moments
@@ -19,7 +20,8 @@ class StopSignals:
     shell's status, 128 + number.
     """
 
-    def __init__(self):
+    def __init__(self, announced: bool = True):
+        self.announced = announced
         self.number = 0
         self.deferring = False
 
@@ -41,8 +43,9 @@ class StopSignals:
         if not self.deferring:
             raise SystemExit(128 + number)
         self.number = number
-        with suppress(OSError):  # not print: the signal may have come in the middle of another print
-            os.write(2, b"\nStopping after this step; once more stops at once.\n")
+        if self.announced:
+            with suppress(OSError):  # not print: the signal may have come in the middle of another print
+                os.write(2, b"\nStopping after this step; once more stops at once.\n")
 
 
 def check_memory(config: ModelConfig, n_vocab: int, device: torch.device) -> None:
@@ -80,6 +83,8 @@ def explained(error: Exception, config: TrainingConfig, step: int, kept: str) ->
         )
     if is_out_of_memory(error):
         return RunStopped(f"out of memory at step {step}: {_memory_advice(config)}. {kept} ({first_line(error)})")
+    if lost_process(error):
+        return RunStopped(f"{LOST}. {kept}")
     if isinstance(error, OSError):
         where, reason = error.filename or config.output_dir, error.strerror or first_line(error)
         return RunStopped(f"{where} could not be written ({reason}); make room or mend it. {kept}")

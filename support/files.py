@@ -50,7 +50,7 @@ def remove_leftovers(path: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def write_together(contents: dict[Path, bytes]) -> None:
+def write_together(contents: dict[Path, bytes | memoryview]) -> None:
     """Replace several files: all are on the disk before the first one takes its place. May raise OSError."""
     with ExitStack() as files:
         for path, content in contents.items():

@@ -56,14 +56,18 @@ def plot_classification(
 ) -> None:
     """Histograms of p(positive) for the truly bad and good texts, with the decision boundaries."""
     figure, axes = _figure(8, 4.5)
-    bins = np.linspace(min(p.min(), 0.5), max(p.max(), 0.5) + 1e-6, 41)
+    bins = np.linspace(p.min(), p.max() + 1e-6, 41)
     for label, name, colour in ((0, "bad", BAD), (1, "good", GOOD)):
         n = int((labels == label).sum())
         axes.hist(p[labels == label], bins, color=colour, alpha=0.55, label=f"truly {name} ({n} texts)")
+    left, right = axes.get_xlim()
     for (name, boundary), line in zip(boundaries.items(), (":", "--"), strict=True):
-        axes.axvline(boundary, color=INK, linestyle=line, label=f"{name} boundary = {boundary:.3f}")
+        side = "" if left <= boundary <= right else ", left of here" if boundary < left else ", right of here"
+        axes.axvline(boundary, color=INK, linestyle=line, label=f"boundary {name} = {boundary:.3f}{side}")
+    axes.set_xlim(left, right)
     axes.set_xlabel('p(positive): share of " good" against " bad" as the next token')
     axes.set_ylabel("texts")
     axes.set_title(title)
-    axes.legend(frameon=False)
+    axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(frameon=False, loc="upper left")
     _save(figure, path)

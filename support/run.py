@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -19,31 +19,35 @@ from tqdm import tqdm
 from support import hardware as machine
 from support.config import TrainingConfig
 from support.corpus import Corpus, unigram_entropy
+from support.distribution import World
 from support.errors import UserError, check
 from support.faults import StopSignals, explained
 from support.files import remove_leftovers
 from support.metrics import MetricsLog
 from support.results import FILES, show_results, write_results
 from support.screen import bold, count, duration, heading, show_facts, show_note
-from support.state import fingerprint, load_state, save_state
+from support.state import fingerprint, load_state, random_state, save_state
 from support.tracking import finish_tracking, start_tracking
 
 
 class Run:
     """The folder of a training run, and the `on_step` hook of `train`.
 
-    run = Run(config, hardware, corpus, model, optimizer, flops)
+    run = Run(config, hardware, corpus, model, optimizer, flops, world)
     with run.open(fresh=False):
         train(…, start_step=run.start_step, on_step=run)
         run.finish(evaluate(…), …)
     """
 
-    def __init__(self, config: TrainingConfig, hardware, corpus: Corpus, model, optimizer, flops: int):
-        self.config, self.hardware, self.corpus = config, hardware, corpus
+    def __init__(
+        self, config: TrainingConfig, hardware, corpus: Corpus, model, optimizer, flops: int, world: World
+    ):
+        self.config, self.hardware, self.corpus, self.world = config, hardware, corpus, world
+        self.leads = world.rank == 0  # the process that writes and shows, where there are several
         self.model, self.optimizer, self.flops = model, optimizer, flops
         self.folder = Path(config.output_dir)
         self.state_path = self.folder / "training_state.pt"
-        self.tokens_per_step = config.batch_size * config.seq_len * config.grad_accumulation_steps
+        self.tokens_per_step = world.size * config.batch_size * config.seq_len * config.grad_accumulation_steps
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.ln_vocab = math.log(model.n_vocab)
         self.unigram = unigram_entropy(corpus.train, model.n_vocab)
@@ -68,7 +72,7 @@ class Run:
         shares = f"{self.flops / 1e15:.1%} of the course's 1e15, {self.flops / 1e17:.2%} of 1e17"
         show_facts(
             {
-                "device": str(self.hardware),
+                "device": f"{self.hardware}" + (f", {n} processes" if (n := self.world.size) > 1 else ""),
                 "model": f"{count(self.n_parameters, 'parameters')}, "
                 f"model.pt {self.n_parameters * 4 / 1e6:.1f} MB",
                 "data": f"{corpus.name}: {count(len(corpus.train), 'tokens')} to train on, "
@@ -100,10 +104,11 @@ class Run:
     def speed(self, seconds_per_step: float) -> str:
         """Tokens and FLOPs per second, and the share of what the device could do."""
         achieved = self.flops / self.config.num_training_steps / seconds_per_step
-        share = achieved / self.matrix_product_rate
+        n = self.world.size
+        share = achieved / (self.matrix_product_rate * n)
         return (
             f"{self.tokens_per_step / seconds_per_step:,.0f} tokens/s, {achieved / 1e12:.3f} TFLOPS: "
-            f"{share:.0%} of this device's matrix-product rate"
+            f"{share:.0%} of {f'{n} times ' if n > 1 else ''}this device's matrix-product rate"
         )
 
     # The folder
@@ -111,21 +116,26 @@ class Run:
     @contextmanager
     def open(self, fresh: bool) -> Iterator["Run"]:
         """Hold the folder, restoring an interrupted run that stands in it, and end in order whatever happens."""
-        with self._locked_folder():
-            wandb_id = self._restore(fresh)
-            self._wandb_id = start_tracking(self.config, dataclasses.asdict(self.config), wandb_id)
-            self._signals = StopSignals()
-            self._metrics = MetricsLog(self.folder / "metrics.csv", self.start_step)
+        with self._locked_folder() if self.leads else nullcontext():
+            with self.world.rank_0_first():
+                wandb_id = self._restore(fresh)
+            self._check_same_start()
+            self._signals = StopSignals(announced=self.leads)
+            self._wandb_id = self._metrics = None
+            if self.leads:
+                self._wandb_id = start_tracking(self.config, dataclasses.asdict(self.config), wandb_id)
+                self._metrics = MetricsLog(self.folder / "metrics.csv", self.start_step)
             self._bar = tqdm(
                 total=self.config.num_training_steps,
                 initial=self.start_step,
                 unit="step",
                 dynamic_ncols=True,
-                disable=not sys.stderr.isatty(),
+                disable=not (self.leads and sys.stderr.isatty()),
             )
             self._started = self._last_save = time.perf_counter()
             try:
-                with self._signals, closing(self._metrics), closing(self._bar), self._explained():
+                metrics = closing(self._metrics) if self.leads else nullcontext()
+                with self._signals, metrics, closing(self._bar), self._explained():
                     self._signals.deferring = self.start_step < self.config.num_training_steps
                     yield self
             finally:
@@ -173,13 +183,21 @@ class Run:
         if not self.state_path.exists():
             self._where_it_goes_on = "Nothing was saved yet: the same command starts over"
             return None
-        progress = load_state(self.state_path, self.model, self.optimizer, self.config, self._data)
+        progress = load_state(self.state_path, self.model, self.optimizer, self.config, self._data, self.world)
         self.start_step = self._next_step = progress["step"]
         self.seconds = progress["seconds"]
         self.recent_losses.extend(progress["losses"])
         self._saved(self.start_step)
         show_note(f"Continuing the interrupted run from step {self.start_step} (--fresh starts over).")
         return progress["wandb_id"]
+
+    def _check_same_start(self) -> None:
+        first, last = self.world.maximum(-self.start_step, self.start_step)
+        check(
+            -first == last,
+            f"output_dir: {self.config.output_dir} is not the same folder for all processes; "
+            "choose one on a disk that all machines share",
+        )
 
     def _saved(self, step: int) -> None:
         self._where_it_goes_on = f"{self.state_path} is kept: the same command continues from step {step}"
@@ -216,24 +234,29 @@ class Run:
         """After each step: a row in metrics.csv, the screen, and from time to time the state."""
         self._next_step = n_steps = result.step + 1
         flops_per_step = self.flops // self.config.num_training_steps
-        self._metrics.append(
-            result.step,
-            n_steps * self.tokens_per_step,
-            n_steps * flops_per_step,
-            result.loss,
-            result.train_loss,
-            result.learning_rate,
-        )
+        if self.leads:
+            self._metrics.append(
+                result.step,
+                n_steps * self.tokens_per_step,
+                n_steps * flops_per_step,
+                result.loss,
+                result.train_loss,
+                result.learning_rate,
+            )
         seconds_per_step = (time.perf_counter() - self._started) / (n_steps - self.start_step)
         self._show_progress(result, n_steps, seconds_per_step)
 
         last = n_steps == self.config.num_training_steps
-        save = self._signals.number or last or self._save_is_due(n_steps)
-        if save:
+        # A signal to one process stops all of them, after the same step.
+        stop, due = self.world.maximum(self._signals.number, self.leads and self._save_is_due(n_steps))
+        if stop or last or due:
             self._save_state(n_steps)
+        if stop:
+            self.world.maximum(0)  # no rank ends while rank 0 still writes: torchrun would then end that too
         self._signals.deferring = not last
-        if save and self._signals.number:  # one that came after the test waits for the next step
-            raise SystemExit(128 + self._signals.number)
+        stop = stop or (last and self._signals.number)
+        if stop:  # a signal that came after the test waits for the next step
+            raise SystemExit(128 + stop)
 
     def _save_is_due(self, n_steps: int) -> bool:
         interval = self.config.checkpoint_interval
@@ -261,6 +284,10 @@ class Run:
 
     def _save_state(self, next_step: int) -> None:
         started = time.perf_counter()
+        random = self.world.gather(random_state(self.hardware.device))
+        if not self.leads:
+            self._saved(next_step)
+            return
         progress = {
             "step": next_step,
             "losses": list(self.recent_losses),
@@ -269,7 +296,7 @@ class Run:
         }
         try:
             self._metrics.sync()  # first: a state promises the rows of all steps before it
-            save_state(self.state_path, self.model, self.optimizer, self.config, self._data, progress)
+            save_state(self.state_path, self.model, self.optimizer, self.config, self._data, random, progress)
             self._saved(next_step)
         except (OSError, MemoryError) as error:
             reason = getattr(error, "strerror", None) or "out of memory"
@@ -279,6 +306,8 @@ class Run:
 
     def finish(self, result: dict[str, float], n_predictions: int, sample: tuple[str, str]) -> None:
         """Write the results, drop the state that is then no longer needed, and print what came of it."""
+        if not self.leads:
+            return
         seconds = self.seconds + time.perf_counter() - self._started
         self._bar.close()
         self._metrics.sync()

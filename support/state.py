@@ -11,6 +11,7 @@ import torch
 from support.checkpoint import load_archive, packed
 from support.config import TrainingConfig
 from support.corpus import Corpus
+from support.distribution import World
 from support.errors import UserError, check, first_line
 from support.files import write_together
 
@@ -34,9 +35,11 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     config: TrainingConfig,
     data: str,
+    random: list[dict],
     progress: dict,
 ) -> None:
-    """Write the state after a step. `progress` holds plain values: next step, losses, seconds, W&B id.
+    """Write the state after a step: `random` holds every rank's `random_state`, `progress` plain values:
+    next step, losses, seconds, W&B id.
 
     May raise OSError; the file is then the former one.
     """
@@ -45,7 +48,7 @@ def save_state(
         "optimizer": optimizer.state_dict(),
         "config": dataclasses.asdict(config),
         "data": data,
-        "random": _random_states(),
+        "random": random,
         "progress": progress,
     }
     write_together({path: packed(values)})
@@ -57,22 +60,31 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     config: TrainingConfig,
     data: str,
+    world: World,
 ) -> dict:
     """Put model, optimizer and random generators back where they were; return `progress`.
 
-    Raises UserError when the file is damaged, or belongs to another configuration or other data.
+    Raises UserError when the file is damaged, or belongs to another configuration, other data or another
+    number of processes.
     """
     n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     # Weights and two moments make 3; the rest is the index and the random states.
     values = load_archive(path, 2.9 * n_bytes, 3.1 * n_bytes + 2**24, FRESH)
     try:
         _check_same_run(values, config, data, path)
+        n_ranks = len(values["random"])
+        launcher = "python" if n_ranks == 1 else f"torchrun --nproc_per_node={n_ranks}"
+        check(
+            n_ranks == world.size,
+            f"{path}: the interrupted run there has {n_ranks} process{'es' * (n_ranks > 1)}, this one "
+            f"{world.size}; continue it with {launcher} train.py, or {FRESH}",
+        )
         progress = values["progress"]
         check(_is_progress(progress, config.num_training_steps), f"{path}: its progress makes no sense; {FRESH}")
         model.load_state_dict(values["model"])
         optimizer.load_state_dict(values["optimizer"])
         _check_tensors(model, optimizer)
-        _restore_random_states(values["random"])
+        _restore_random_state(values["random"][world.rank], next(model.parameters()).device)
     except UserError:
         raise
     except Exception as error:  # a foreign archive can hold anything under these names, or nothing
@@ -128,18 +140,18 @@ def _check_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
         raise ValueError("it holds values that are not finite")
 
 
-def _random_states() -> dict:
-    """The generators of torch (one draws the batches), of every GPU, and of numpy, as plain values."""
+def random_state(device: torch.device) -> dict:
+    """The generators of torch (it draws the batches), of the GPU, and of numpy, as plain values."""
     kind, keys, *rest = np.random.get_state()
-    states = {"torch": torch.get_rng_state(), "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest]}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
+    state = {"torch": torch.get_rng_state(), "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest]}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
-def _restore_random_states(states: dict) -> None:
-    torch.set_rng_state(states["torch"])
-    kind, keys, *rest = states["numpy"]
+def _restore_random_state(state: dict, device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in states and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -47,14 +47,16 @@ GRADED = {
 # … but this one. All else that is kept as it is:
 GIVEN = {
     "model.py": {"DecoderLM.flops_per_token"},
-    "train.py": {"RUNNING_MEAN_STEPS", "set_lr", "StepResult", "evaluate", "training_flops", "main"},
+    "train.py": {
+        *("RUNNING_MEAN_STEPS", "set_lr", "StepResult", "_sum_over_ranks", "evaluate", "training_flops", "main")
+    },
     "generate.py": {"main"},
     "classify.py": {"YELP_TEMPLATE", "YELP_LABEL_MAP", "main"},
 }
 # Helpers that contain a graded body, or that only a faster one needs.
 DROPPED = {
     "model.py": {"KeyValueCache", "DecoderLM.kv_caches", "DecoderLM.next_token_logits"},
-    "train.py": {"_as_array", "_ChunkedCrossEntropy", "LanguageModelingLoss"},
+    "train.py": {"_as_array", "_ChunkedCrossEntropy", "LanguageModelingLoss", "_loss_module"},
     "generate.py": {
         *("keep_likely", "left_pad", "encode_prompt", "last_logits", "_continue_batch", "_NextTokenLogits")
     },
@@ -129,7 +131,15 @@ EDITS = [
     deque), the running mean lives there and so can be continued by a later call.""",
         ".",
     ),
-    ("train.py", "    loss_of = LanguageModelingLoss(model).eval()\n", "    model.eval()\n"),
+    (
+        "train.py",
+        """ `model` may
+    also be its LanguageModelingLoss, distributed or compiled.
+""",
+        "\n",
+    ),
+    ("train.py", "world.distribute(LanguageModelingLoss(model),", "world.distribute(model,"),
+    ("train.py", "    loss_of = _loss_module(model).eval()\n", "    model.eval()\n"),
     (
         "train.py",
         """                with autocast:

@@ -474,7 +474,7 @@ def main(argv: list[str] | None = None) -> None:
         full = sum(points for points, _ in points.GROUPS.values())
         for what, got, failure in results_of(run_right, list(RIGHT)):
             print(f"{got:>2} / {full}  {what}" + (f"\n         {failure}" if failure else ""), flush=True)
-            bad += got != full or bool(failure)
+            bad += got != full  # a test without points may fail: it holds the interface's extras
         print(f"\n{len(RIGHT) - bad} of {len(RIGHT)} right solutions get all points")
     else:
         mutants = [(family, m) for family, all_of in FAMILIES.items() for m in (all_of[:1] if args.quick else all_of)]

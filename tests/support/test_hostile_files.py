@@ -44,7 +44,7 @@ def original():
 @pytest.fixture(scope="module")
 def whole(original):
     """The bytes of a good model.pt."""
-    return packed_weights(original)
+    return bytes(packed_weights(original))
 
 
 @pytest.fixture
@@ -295,9 +295,9 @@ def test_hostile_training_states(interrupted, capsys):
         "step beyond the end": changed("progress", "step", to=10**9),
         "losses": changed("progress", "losses", to=[None]),
         "wandb": changed("progress", "wandb_id", to=nested),
-        "random": changed("random", "torch", to=torch.zeros(5, dtype=torch.uint8)),
-        "random of zeros": changed("random", "torch", to=torch.zeros(5056, dtype=torch.uint8)),
-        "numpy": changed("random", "numpy", to=[1, 2]),
+        "random": changed("random", 0, "torch", to=torch.zeros(5, dtype=torch.uint8)),
+        "random of zeros": changed("random", 0, "torch", to=torch.zeros(5056, dtype=torch.uint8)),
+        "numpy": changed("random", 0, "numpy", to=[1, 2]),
         "weights missing": changed("model", "ln.weight", to=None),
         "weights NaN": changed("model", "ln.weight", to=torch.full((8,), math.nan)),
         "no moments": changed("optimizer", "state", to={}),

@@ -278,6 +278,19 @@ def test_soak_sixty_kills_of_one_run(tmp_path, capsys):
         )
         statuses.append(process.exitcode)
         kills += 1
+    for _ in range(10):  # and at its end, where the results take their places
+        starts = tiny.log().count("Continuing")
+        process = tiny.process()
+        wait_until(lambda: tiny.log().count("Continuing") > starts and tiny.rows() == 1501)  # noqa: B023
+        time.sleep(draw.uniform(0, 0.8))
+        process.kill()
+        process.join()
+        if (tiny.out / "model.pt").exists():
+            assert (tiny.out / "model.pt").read_bytes() == reference.results()["model.pt"]
+        kills += process.exitcode != 0
+        statuses.append(process.exitcode)
+        if process.exitcode == 0:
+            break
     process = tiny.process()
     process.join()
     assert process.exitcode == 0, tiny.log()[-2000:]

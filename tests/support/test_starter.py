@@ -48,8 +48,7 @@ def test_handed_out_it_imports_and_scores_nothing_with_clear_failures(starter):
     assert result["score"] == 0
     assert len(result["tests"]) == len(points.GROUPS), "every part must be decided"
     for part in result["tests"]:
-        question, name = part["name"].split(" ", 1)
-        assert f"NotImplementedError: question {question}: " in part["output"], f"{name}: {part['output']}"
+        assert "NotImplementedError: question " in part["output"], part  # its own, or the model's that it needs
         assert "could not be loaded" not in part["output"]
 
 
@@ -124,10 +123,10 @@ def graded_lines() -> set[str]:
 
 # What the given code, which the handout asks nobody to write, has in common with graded bodies.
 GIVEN_ANYWAY = {
-    "was_training=model.training",  # evaluate
+    "was_training=model.training",  # all of evaluate
     "withtorch.inference_mode():",
     "loss=compute_language_modeling_loss(input_ids,model(input_ids))",
-    "iftokens.ndim!=1:",
+    "model.train(was_training)",
 }
 
 
