@@ -1,9 +1,7 @@
-"""Several processes that train one model, each on batches of its own (data parallelism).
+"""Several processes train one model, each on batches of its own: torchrun --nproc_per_node=4 train.py CONFIG
 
-    torchrun --nproc_per_node=4 train.py configs/final-1e17.yaml
-
-torchrun, which comes with PyTorch, starts and numbers them: the number of a process is its rank. Rank 0
-leads: it alone prints, writes and holds the folder. Without torchrun nothing here does anything.
+torchrun comes with PyTorch. It starts the processes and numbers them; the number is a process's rank. Rank 0
+alone prints, writes and holds the folder. Without torchrun nothing here does anything.
 """
 
 import os
@@ -36,7 +34,7 @@ class World:
         if self.size == 1:
             return requested
         known = requested in ("auto", "cuda", "cpu")
-        check(known, f"device = '{requested}' cannot serve {self.size} processes; give auto, cuda or cpu")
+        check(known, f"device = '{requested}' is but one for {self.size} processes; give auto, cuda or cpu")
         if requested == "cpu" or not torch.cuda.is_available():
             return requested.replace("auto", "cpu")
         here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
@@ -48,10 +46,14 @@ class World:
         """The module with gradients averaged over the ranks, each of which draws other numbers from now on."""
         if self.size == 1:
             return module
-        torch.manual_seed(int(np.random.SeedSequence((seed, self.rank)).generate_state(1)[0]))
         device = next(module.parameters()).device
-        # The buffers never change, so they need no exchange.
-        return Distributed(module, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+        module = Distributed(module, [device] if device.type == "cuda" else None, forward_sync_buffers=False)
+        # The first backward pass settles how gradients are packed, and thereby in which order they are
+        # summed. Made here, it settles the same in a run that is continued.
+        module(torch.zeros(1, 2, dtype=torch.int64, device=device)).mean().backward()
+        module.zero_grad()
+        torch.manual_seed(int(np.random.SeedSequence((seed, self.rank)).generate_state(1)[0]))
+        return module
 
     def share(self, tokens: np.ndarray, seq_len: int) -> np.ndarray:
         """This rank's part of the rows of seq_len tokens: consecutive rows, of equal number up to one."""
@@ -96,7 +98,7 @@ def _all_reduce(values: tuple[float, ...], operation) -> tuple[float, ...]:
 
 @contextmanager
 def join_world():
-    """Connect with the other processes that torchrun started: yields the World. Without it, be alone."""
+    """Connect with the other processes that torchrun started, and yield the World; without it, be alone."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         yield World()
         return
@@ -106,19 +108,18 @@ def join_world():
         try:
             yield world
         except Exception as error:
-            stopped = RunStopped(f"{LOST}.") if lost_process(error) else error
-            if not isinstance(stopped, UserError):
+            told = RunStopped(f"{LOST}.") if lost_process(error) else error
+            if world.rank and isinstance(told, UserError):
+                # What all ranks meet (bad input, divergence, a lost process) rank 0 tells alone.
+                common = (told.status == 2 and world.local_rank) or str(told).startswith((LOST, "diverged"))
+                told = SystemExit(told.status) if common else type(told)(f"rank {world.rank}: {told}")
+            if told is error:
                 raise
-            raise (stopped if world.rank == 0 else _of_rank(world, stopped)) from error
+            raise told from error
+    dist.barrier()  # the store lives in rank 0, which must not leave before the others
     dist.destroy_process_group()  # not after an error: it would wait for the others
 
 
 def lost_process(error: Exception) -> bool:
     """Whether another process no longer answers; gloo raises a plain RuntimeError then."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
-
-
-def _of_rank(world: World, error: UserError) -> BaseException:
-    """The error as another rank than 0 tells it: not at all where all ranks have the same one."""
-    common = str(error).startswith((LOST, "diverged")) if isinstance(error, RunStopped) else world.local_rank > 0
-    return SystemExit(error.status) if common else type(error)(f"rank {world.rank}: {error}")

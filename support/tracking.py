@@ -37,7 +37,7 @@ def start_tracking(config: TrainingConfig, settings: dict, run_id: str | None = 
         )
 
     try:
-        _within(PATIENCE + 2, start)
+        _within(1.5 * PATIENCE, start)
         return wandb.run.id
     except Exception as error:  # offline, a wrong key, a full disk: none is worth a training run
         warnings.warn(f"W&B did not start ({error}); metrics.csv has everything", stacklevel=2)

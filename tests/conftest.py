@@ -47,9 +47,7 @@ def no_network():
         def guarded(self, *args):
             address = args[-1]  # connect(address), sendto(data[, flags], address)
             if self.family in (socket.AF_INET, socket.AF_INET6) and not is_local(address[0]):
-                raise OSError(
-                    f"tests run without network, but something called {method.__name__}({address!r})"
-                )
+                raise OSError(f"tests run without network, but something called {method.__name__}({address!r})")
             return method(self, *args)
 
         return guarded

@@ -4,9 +4,8 @@
 
 Both editions come from one source. A graded function keeps its signature and docstring; its body becomes
 `raise NotImplementedError("question 1.3: …")`. Helpers that only the solution needs are left out, and the few
-places that name them are edited by the table below; an edit whose text is no longer found stops with an error,
-so the table cannot fall behind the files. In the README, what stands between `<!-- solution -->` and
-`<!-- /solution -->` is left out.
+places that name them are edited by the tables below, as are the README's sections that tell results. A table that
+no longer fits the files stops with an error, so that it cannot fall behind them.
 """
 
 import argparse
@@ -75,9 +74,29 @@ CONSTRUCTORS = {
         initialise the weights.""",
 }
 
+# Sections of the README, up to the next heading of their level, that tell results or solutions.
+README_SECTIONS = ("What you see", "Results", "Nothing lost", "For instructors", "Deviations from the handout")
+
 # (file, text, what the student's edition has in its place); each text stands there exactly once.
 # ruff: noqa: E501 (as long as they are there)
 EDITS = [
+    ("README.md", "This is the complete package of the homework", "This is the student's edition of the homework"),
+    (
+        "README.md",
+        """(fall 2023): the solution, its tests with the points per
+question,""",
+        """(fall 2023): the functions to write, their
+tests with the points per question,""",
+    ),
+    ("README.md", "    docs/        more than fits here\n", ""),
+    (
+        "README.md",
+        "Read `model.py` from top to bottom to learn the transformer, then `train.py`, `generate.py` and `classify.py`.",
+        """Write what raises `NotImplementedError` in `model.py`, then in `train.py`, `generate.py` and `classify.py`; the
+answers to the written questions go into `report/template.tex`. `python -m support.submit ANDREW_ID` checks and packs
+both. The commands below work once the functions are written.""",
+    ),
+    ("README.md", " --top_p 0.9", ""),
     (
         "model.py",
         """ With a key-value
@@ -208,14 +227,30 @@ EDITS = [
 ]
 
 
-def student_source(name: str) -> str:
-    """The text of a graded file as the student gets it."""
+def edited(name: str) -> str:
+    """The text of a file after EDITS. Raises ValueError when one of them does not fit."""
     text = (ROOT / name).read_text(encoding="utf-8")
     for file, old, new in EDITS:
         if file == name:
             if text.count(old) != 1:
                 raise ValueError(f"{name}: {text.count(old)} times instead of once: {old!r}; mend EDITS")
             text = text.replace(old, new)
+    return text
+
+
+def student_readme() -> str:
+    """The README without README_SECTIONS. Raises ValueError when one of them is not there."""
+    text = edited("README.md")
+    for title in README_SECTIONS:
+        text, found = re.subn(rf"^## {title}\n.*?(?=^## |\Z)", "", text, flags=re.DOTALL | re.MULTILINE)
+        if found != 1:
+            raise ValueError(f"README.md: {found} sections '## {title}' instead of one; mend README_SECTIONS")
+    return text
+
+
+def student_source(name: str) -> str:
+    """The text of a graded file as the student gets it."""
+    text = edited(name)
     lines = text.splitlines()
     found = definitions(ast.parse(text))
     if gone := (DROPPED[name] | GIVEN[name]) - {path for _, path in found}:
@@ -312,18 +347,13 @@ def copied_files() -> list[Path]:
 
 def make_starter(folder: Path) -> None:
     """Write the student's edition into an empty or new folder."""
-    sources = {name: student_source(name) for name in GRADED}  # first: nothing is written when it fails
-    files = copied_files()
-    for file in files:
+    # All texts first, so that nothing is written when one of them fails.
+    texts = {name: student_source(name) for name in GRADED} | {"README.md": student_readme()}
+    for file in copied_files():
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix == ".md":
-            text = (ROOT / file).read_text(encoding="utf-8")
-            kept = re.sub(r"<!-- solution -->.*?<!-- /solution -->\n*", "", text, flags=re.DOTALL)
-            target.write_text(kept, encoding="utf-8")
-        else:
-            shutil.copyfile(ROOT / file, target)
-    for name, text in sources.items():
+        shutil.copyfile(ROOT / file, target)
+    for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 

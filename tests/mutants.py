@@ -34,7 +34,9 @@ LOSS, RANDOM, SEQUENTIAL = "compute_language_modeling_loss", "random_batch_sampl
 SOFTMAX, SENTIMENT = "softmax_with_temperature", "classify_binary_sentiment"
 
 # The module that each part of the points belongs to. `evaluate` gives no points, but has tests all the same.
-MODULE_OF = {part: file.removeprefix("test_").removesuffix(".py") for (_, part), (_, file) in points.GROUPS.items()}
+MODULE_OF = {
+    part: file.removeprefix("test_").removesuffix(".py") for (_, part), (_, file) in points.GROUPS.items()
+}
 MODULE_OF["evaluate"] = "train"
 
 
@@ -261,10 +263,10 @@ FAMILIES = {
         mistake("one row's end ends all", "generate", "                mask = torch.cat([mask", "                if (new == eot).any():\n                    break\n                mask = torch.cat([mask"),
         mistake("dropout active", "generate", "    model.eval()\n", ""),
         mistake("the mode found is not restored", "generate", "    model.train(was_training)\n", ""),
-        mistake("cache: positions one too low", "generate", "positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -n_new:]", "positions = (mask.long().cumsum(dim=1) - 1 - bool(cache)).clamp(min=0)[:, -n_new:]", file=CACHED),
+        mistake("cache: positions one too low", "generate", "positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -n_new:]", "positions = (mask.long().cumsum(dim=1) - 1 - int(bool(cache))).clamp(min=0)[:, -n_new:]", file=CACHED),
         mistake("cache: positions count the padding", "generate", "positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -n_new:]", "positions = torch.arange(mask.shape[1])[-n_new:] if cache else (mask.long().cumsum(dim=1) - 1).clamp(min=0)", file=CACHED),
-        mistake("cache: stale when the window slides", "generate", "                if ids.shape[1] > n_positions:\n                    cache = {}\n", "                if ids.shape[1] > n_positions:\n                    cache = {i: (kT[..., 1:], v[:, :, 1:]) for i, (kT, v) in cache.items()}\n", file=CACHED),
-        mistake("cache: keys and values not kept", "generate", "        cache[i] = kT, v\n", "        cache.setdefault(i, (kT, v))\n", file=CACHED),
+        mistake("cache: stale when the window slides", "generate", "                    cache = {}\n                n_read = cache[0][1].shape[2] if", "                    cache = {i: (kT[..., 1:], v[:, :, 1:]) for i, (kT, v) in cache.items()}\n                n_read = ids.shape[1] - 1 if", file=CACHED),
+        mistake("cache: padding visible after the first step", "generate", "mask.bool()[:, None, None]", "(mask.bool()[:, None, None] | bool(cache))", file=CACHED),
         mistake("cache: of the batch before", "generate", "            cache = {}\n            for", "            cache = cache if start and len(rows) == batch_size else {}\n            for", file=CACHED),
     ],
     "classification": [
@@ -477,7 +479,9 @@ def main(argv: list[str] | None = None) -> None:
             bad += got != full  # a test without points may fail: it holds the interface's extras
         print(f"\n{len(RIGHT) - bad} of {len(RIGHT)} right solutions get all points")
     else:
-        mutants = [(family, m) for family, all_of in FAMILIES.items() for m in (all_of[:1] if args.quick else all_of)]
+        mutants = [
+            (family, m) for family, all_of in FAMILIES.items() for m in (all_of[:1] if args.quick else all_of)
+        ]
         line = "{:<15} {:<52} {:<60} {}".format
         print(line("family", "mistake", "caught by", "the first line that a student reads"))
         for family, what, caught_by, message in results_of(run_mutant, mutants):

@@ -32,9 +32,7 @@ GROUPS = {
 PERPLEXITY_POINTS = 20  # question 2.6, graded on a test set that students do not have
 
 
-def check_close(
-    actual, expected, what: str, mistakes: dict | None = None, hint: str = "", atol: float = 1e-5
-):
+def check_close(actual, expected, what: str, mistakes: dict | None = None, hint: str = "", atol: float = 1e-5):
     """Assert equality up to `atol` (and 1e-5 relative); the first line of a failure names the likely mistake.
 
     Args:
@@ -56,9 +54,7 @@ def check_close(
     looks_like = [name for name in wrong if name not in same and _close(actual, wrong[name], atol)]
     guess = f"; looks like: {' or '.join(looks_like)}" if looks_like else (f"; {hint}" if hint else "")
     if actual.shape != expected.shape:
-        raise AssertionError(
-            f"{what}: expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}{guess}"
-        )
+        raise AssertionError(f"{what}: expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}{guess}")
     difference = (actual - expected).abs()
     difference[actual == expected] = 0.0  # equal infinities
     difference[difference.isnan()] = torch.inf
@@ -77,9 +73,7 @@ def _close(a, b, atol) -> bool:
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--points-json", metavar="FILE", help="also write the points as Gradescope's results.json"
-    )
+    parser.addoption("--points-json", metavar="FILE", help="also write the points as Gradescope's results.json")
 
 
 def pytest_configure(config):
@@ -179,9 +173,7 @@ class Tally:
         for row in rows:
             points = f"{'–' if row['points'] is None else row['points']} / {row['max']}"
             remark = row["output"] if row["points"] is None or row["tests"] == "0 of 0" else ""
-            terminalreporter.write_line(
-                line(row["question"], row["part"], row["tests"], points, remark).rstrip()
-            )
+            terminalreporter.write_line(line(row["question"], row["part"], row["tests"], points, remark).rstrip())
         if any(row["question"] == "2.1" for row in rows):
             points, remark = f"– / {PERPLEXITY_POINTS}", "not gradable without the test data"
             terminalreporter.write_line(line("2.6", "perplexity of model.pt under 50", "", points, remark))

@@ -52,9 +52,7 @@ class TestScore:
                 wrong["the logits of the first position"] = last_logits(lm, [ids_of(text)[:1]])
                 wrong["the logits of the last position but one"] = last_logits(lm, [ids_of(text)[:-1]])
             # atol 1e-4 here and below: the logits are sums of 21 products and reach 20
-            check_close(
-                self.score(lm, ascii_tokenizer, [text], 1), right, f"score of {text!r}", wrong, atol=1e-4
-            )
+            check_close(self.score(lm, ascii_tokenizer, [text], 1), right, f"score of {text!r}", wrong, atol=1e-4)
 
     @pytest.mark.parametrize("batch_size", [2, 3, 9])
     def test_rows_follow_the_texts_whatever_the_batches(self, lm, ascii_tokenizer, batch_size):
@@ -70,9 +68,7 @@ class TestScore:
             "padding on the right: the last column is padding": last_logits(
                 lm, [row + pad for pad, row in padded]
             ),
-            "padding on the left without an attention_mask": last_logits(
-                lm, [pad + row for pad, row in padded]
-            ),
+            "padding on the left without an attention_mask": last_logits(lm, [pad + row for pad, row in padded]),
         }
         check_close(
             self.score(lm, ascii_tokenizer, SHORT, batch_size),
@@ -110,9 +106,7 @@ class TestScore:
                 atol=1e-4,
                 hint="is dropout off while scoring?",
             )
-            assert model.training == training, (
-                f"score: expected training={training} restored, got the other mode"
-            )
+            assert model.training == training, f"score: expected training={training} restored, got the other mode"
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -65,6 +65,4 @@ def test_torch_is_recent_and_computes(say):
     ]
     say(f"[OK] torch finds {', '.join(filter(None, devices))}")
     a = torch.arange(6.0).view(2, 3)
-    assert torch.equal(a @ a.T, torch.tensor([[5.0, 14.0], [14.0, 50.0]])), (
-        "torch: a 2×3 product came out wrong"
-    )
+    assert torch.equal(a @ a.T, torch.tensor([[5.0, 14.0], [14.0, 50.0]])), "torch: a 2×3 product came out wrong"

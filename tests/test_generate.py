@@ -58,9 +58,7 @@ def check_greedy(model, prefix, text, hint="", max_new_tokens=MAX_NEW):
     after = f"greedy text after {prefix!r}"
     if len(new) > max_new_tokens:
         guess = ": is the prompt returned with it?" if prefix and text.startswith(prefix) else ""
-        raise AssertionError(
-            f"{after}: expected at most {max_new_tokens} tokens, got {len(new)}, {text!r}{guess}"
-        )
+        raise AssertionError(f"{after}: expected at most {max_new_tokens} tokens, got {len(new)}, {text!r}{guess}")
     for i in range(min(len(new) + 1, max_new_tokens)):
         logits = model(torch.tensor([(prompt + new[:i])[-P:]]))[0, -1]
         got = new[i] if i < len(new) else EOT
@@ -98,9 +96,7 @@ def looks_like(model, prompt, new) -> str:
             ids[-P:], ([1] * n + [0] * i)[-P:]
         ),
         "the window does not slide, it keeps the first n_positions tokens": lambda i, ids: best(ids[:P]),
-        "a long prompt must keep its last tokens, not its first": lambda i, ids: best(
-            (prompt[:P] + new[:i])[-P:]
-        ),
+        "a long prompt must keep its last tokens, not its first": lambda i, ids: best((prompt[:P] + new[:i])[-P:]),
         "the window is one token too short": lambda i, ids: best(ids[-P + 1 :]),
         "the logits of the last position but one": lambda i, ids: (
             best(ids[-P:], position=-2) if len(ids) > 1 else None
@@ -149,9 +145,7 @@ class TestSoftmaxWithTemperature:
             wrong |= {
                 "temperature ignored": self.p,
                 "temperature applied after softmax": self.p / temperature,
-                "temperature applied after softmax, then a second softmax": (self.p / temperature).softmax(
-                    -1
-                ),
+                "temperature applied after softmax, then a second softmax": (self.p / temperature).softmax(-1),
                 "multiplied by temperature in place of divided": (self.logits * temperature).softmax(-1),
             }
         got = generate.softmax_with_temperature(self.logits.clone(), temperature)
@@ -176,9 +170,7 @@ class TestSoftmaxWithTemperature:
         logits = torch.tensor([[1000.0, 1001.0], [-1000.0, -1002.0]])
         right = torch.tensor([[1.0, 2.718282], [7.389056, 1.0]]) / torch.tensor([[3.718282], [8.389056]])
         got = generate.softmax_with_temperature(logits, 1.0)
-        check_close(
-            got, right, "probabilities of logits near ±1000", hint="exp overflows: use torch's softmax"
-        )
+        check_close(got, right, "probabilities of logits near ±1000", hint="exp overflows: use torch's softmax")
         got = generate.softmax_with_temperature(logits, 1e-4)
         check_close(
             got, torch.tensor([[0.0, 1.0], [1.0, 0.0]]), "probabilities of logits near ±1000 at T = 0.0001"
@@ -188,9 +180,7 @@ class TestSoftmaxWithTemperature:
         logits = self.logits.clone()
         for temperature in (0.0, 0.5):
             generate.softmax_with_temperature(logits, temperature)
-            check_close(
-                logits, self.logits, f"the logits given, after T = {temperature}", hint="changed in place"
-            )
+            check_close(logits, self.logits, f"the logits given, after T = {temperature}", hint="changed in place")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -217,18 +207,14 @@ class TestGenerate:
     def test_the_window_slides_past_the_context(self, lm, generate_texts):
         for prefix in PREFIXES:
             (text,) = generate_texts([prefix])
-            check_greedy(
-                lm, prefix, text, hint="does every token depend on exactly the last n_positions tokens?"
-            )
+            check_greedy(lm, prefix, text, hint="does every token depend on exactly the last n_positions tokens?")
 
     def test_prompts_as_long_as_the_context_or_longer(self, lm, generate_texts):
         for prefix in LONG:
             (text,) = generate_texts([prefix])
             check_greedy(lm, prefix, text, hint="of a long prompt the last n_positions tokens count")
 
-    @pytest.mark.parametrize(
-        "prefixes, batch_size", [(PREFIXES, 2), (PREFIXES + LONG, 4), (LONG + PREFIXES, 20)]
-    )
+    @pytest.mark.parametrize("prefixes, batch_size", [(PREFIXES, 2), (PREFIXES + LONG, 4), (LONG + PREFIXES, 20)])
     def test_batches_change_nothing(self, lm, generate_texts, prefixes, batch_size):
         texts = generate_texts(prefixes, batch_size)
         alone = [generate_texts([prefix])[0] for prefix in prefixes]
@@ -261,13 +247,9 @@ class TestGenerate:
             assert "<|endoftext|>" not in text, (
                 f"text after {prefix!r}: expected no <|endoftext|> in it, got {text!r}"
             )
-            check_greedy(
-                lm, prefix, text, hint="a row ends at its own <|endoftext|>, and no row at another's"
-            )
+            check_greedy(lm, prefix, text, hint="a row ends at its own <|endoftext|>, and no row at another's")
         lengths = {len(text) for text in texts}
-        assert len(lengths) > 3 and MAX_NEW in lengths, (
-            f"this test needs rows of several lengths, got {lengths}"
-        )
+        assert len(lengths) > 3 and MAX_NEW in lengths, f"this test needs rows of several lengths, got {lengths}"
         with_constant_logits(lm, {EOT: 5.0, ord("a"): 0.0})
         texts = generate_texts(prefixes, batch_size=6)
         assert set(texts) == {""}, f"<|endoftext|> first: expected empty texts, got {sorted(set(texts))}"
@@ -288,18 +270,12 @@ class TestGenerate:
         with_constant_logits(lm, {ord(c): float(np.log(w)) for c, w in weights.items()})
         texts = generate_texts(["x"] * 20, 16, max_new_tokens=100, temperature=temperature)
         lengths = {len(text) for text in texts}
-        assert lengths == {100}, (
-            f"100 new tokens, none of them <|endoftext|>: expected 100 each, got {lengths}"
-        )
+        assert lengths == {100}, f"100 new tokens, none of them <|endoftext|>: expected 100 each, got {lengths}"
         n = len(set(texts))
-        assert n == 20, (
-            f"20 sampled rows: expected 20 different texts, got {n}: greedy, or one draw for all rows?"
-        )
+        assert n == 20, f"20 sampled rows: expected 20 different texts, got {n}: greedy, or one draw for all rows?"
         counts = Counter("".join(texts))
         impossible = set(counts) - set("abc")
-        assert not impossible, (
-            f"tokens of logit -100: expected none, got {impossible}: temperature after softmax?"
-        )
+        assert not impossible, f"tokens of logit -100: expected none, got {impossible}: temperature after softmax?"
 
         def share(c, t):
             return weights[c] ** (1 / t) / sum(w ** (1 / t) for w in weights.values())
@@ -307,9 +283,7 @@ class TestGenerate:
         for c in "abc":
             p = share(c, temperature)
             if abs(counts[c] - 2000 * p) > 5 * (2000 * p * (1 - p)) ** 0.5:
-                as_if = [
-                    t for t in {1.0, 0.5, 2.0} - {temperature} if abs(counts[c] - 2000 * share(c, t)) < 112
-                ]
+                as_if = [t for t in {1.0, 0.5, 2.0} - {temperature} if abs(counts[c] - 2000 * share(c, t)) < 112]
                 raise AssertionError(
                     f"T = {temperature}: expected {c!r} about {2000 * p:.0f} times in 2000, got {counts[c]}"
                     + (f"; looks like: T = {as_if[0]}, temperature ignored or inverted" if as_if else "")
@@ -318,9 +292,7 @@ class TestGenerate:
     def test_sampled_rows_end_at_endoftext(self, lm, generate_texts):
         with_constant_logits(lm, {EOT: 0.0, ord("a"): 0.0})
         texts = generate_texts(["x", "longer"] * 200, 50, max_new_tokens=6, temperature=1.0)
-        assert set("".join(texts)) == {"a"}, (
-            f"texts: expected only 'a' in them, got {sorted(set(''.join(texts)))}"
-        )
+        assert set("".join(texts)) == {"a"}, f"texts: expected only 'a' in them, got {sorted(set(''.join(texts)))}"
         empty = texts.count("")  # 400 draws with p = 1/2: 200 with sigma 10, 5 sigma = 50
         assert abs(empty - 200) < 50, (
             f"<|endoftext|> with probability 1/2: expected about 200 of 400 empty, got {empty}"

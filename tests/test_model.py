@@ -89,9 +89,7 @@ class TestQKTV:
         )
         wrong_kT = {name: 2 * value.transpose(2, 3) for name, value in wrong.items()}
         wrong_kT["a view to (HD, S) in place of a transpose"] = 2 * right.reshape(B, H, HD, S)
-        check_close(
-            kT, 2 * right.transpose(2, 3), "kT", wrong_kT, hint="kT is B×H×HD×S: keys, last two swapped"
-        )
+        check_close(kT, 2 * right.transpose(2, 3), "kT", wrong_kT, hint="kT is B×H×HD×S: keys, last two swapped")
         check_close(v, 0.5 - right, "v", {name: 0.5 - value for name, value in wrong.items()})
 
     def test_each_projection_has_its_own_weights(self, mha):
@@ -105,9 +103,7 @@ class TestQKTV:
             return torch.stack(features.split(HD, dim=-1), dim=1)  # (B, H, S, HD)
 
         for name, layer in layers.items():
-            wrong = {
-                f"{other}_attn used for {name}": heads(layers[other]) for other in layers if other != name
-            }
+            wrong = {f"{other}_attn used for {name}": heads(layers[other]) for other in layers if other != name}
             wrong[f"the bias of {name}_attn is left out"] = heads(layer, bias=False)
             check_close(got[name], heads(layer), f"{name} of random weights", wrong)
 
@@ -153,9 +149,7 @@ class TestSelfAttention:
             "no causal mask: tokens see the tokens after them": merged(sdpa(q, kT, v, None)),
             "the causal mask is transposed": merged(sdpa(q, kT, v, CAUSAL.T)),
             "the causal mask is strict: a token must see itself": merged(sdpa(q, kT, v, CAUSAL.tril(-1))),
-            "the causal mask is strict, and the first token sees all": merged(
-                sdpa(q_of_strict, kT, v, strict)
-            ),
+            "the causal mask is strict, and the first token sees all": merged(sdpa(q_of_strict, kT, v, strict)),
             "the scores are not scaled by 1/sqrt(HD)": merged(sdpa(q, kT, v, scale=1.0)),
             "the scores are scaled twice": merged(sdpa(q, kT, v, scale=1 / HD)),
             "the scores are scaled by 1/sqrt(D), not 1/sqrt(HD)": merged(sdpa(q, kT, v, scale=D**-0.5)),
@@ -249,9 +243,7 @@ class TestSelfAttention:
         )
         # B H n (n + 1) / 2 = 7650, each kept with 1/2: mean 3825, sigma sqrt(7650)/2 = 44, 5 of them 219
         total = kept.sum().item()
-        assert abs(total - 3825) < 219, (
-            f"with p = 0.5 expected about 3825 of 7650 weights kept, got {total:.0f}"
-        )
+        assert abs(total - 3825) < 219, f"with p = 0.5 expected about 3825 of 7650 weights kept, got {total:.0f}"
 
     def test_projection_then_dropout(self, mha):
         x = torch.randn(B, S, D)
@@ -316,8 +308,7 @@ class TestFeedForward:
 
         def expected(activation):
             return [
-                7 + sum(f * activation(value + o) for f, o in zip(factors, offsets, strict=True))
-                for value in x
+                7 + sum(f * activation(value + o) for f, o in zip(factors, offsets, strict=True)) for value in x
             ]
 
         wrong = {
@@ -386,9 +377,7 @@ class TestDecoderBlock:
             kept = silent.weight.detach().clone(), silent.bias.detach().clone()
             make_constant(silent)
             added = block(x, None) - x
-            assert added.abs().max() > 0.1, (
-                f"the {sublayer} adds nothing to the residual stream: is it called?"
-            )
+            assert added.abs().max() > 0.1, f"the {sublayer} adds nothing to the residual stream: is it called?"
             y = 30 * x + 2
             # atol 1e-3: float32 differences of numbers up to 1000
             check_close(
@@ -417,18 +406,12 @@ class TestDecoderBlock:
             return bool((added - added[:1, :1]).abs().max() > 1e-4)
 
         attention, feed_forward = block.mha.proj, block.ff.linear_out
-        assert not added_varies(block.ln_1, feed_forward), (
-            "the attention must read ln_1(x): is it ln_2 there?"
-        )
-        assert added_varies(block.ln_1, attention), (
-            "the feed-forward depends on ln_1: it must read ln_2's output"
-        )
+        assert not added_varies(block.ln_1, feed_forward), "the attention must read ln_1(x): is it ln_2 there?"
+        assert added_varies(block.ln_1, attention), "the feed-forward depends on ln_1: it must read ln_2's output"
         assert not added_varies(block.ln_2, attention), (
             "the feed-forward must read ln_2's output: is it ln_1 there?"
         )
-        assert added_varies(block.ln_2, feed_forward), (
-            "the attention depends on ln_2: it must read ln_1's output"
-        )
+        assert added_varies(block.ln_2, feed_forward), "the attention depends on ln_2: it must read ln_1's output"
 
     def test_feed_forward_reads_what_the_attention_wrote(self, block):
         # An attention that always adds a: the same block without attention, given x + a, must agree.
@@ -573,9 +556,7 @@ class TestDecoderLM:
         assert gradient is not None, (
             "token_logits: expected a gradient for token_embeddings.weight, got none: detached?"
         )
-        check_close(
-            gradient, x.sum(dim=(0, 1)).expand(V, D), "the gradient of token_logits for the embeddings"
-        )
+        check_close(gradient, x.sum(dim=(0, 1)).expand(V, D), "the gradient of token_logits for the embeddings")
 
     def test_parameters_are_those_of_the_interface(self, lm):
         def linear(*names):
@@ -604,9 +585,7 @@ class TestDecoderLM:
             values = p.detach().flatten()
             if name.endswith("bias") or ".ln" in name or name.startswith("ln"):
                 value = 0.0 if name.endswith("bias") else 1.0
-                assert (values == value).all(), (
-                    f"{name}: expected {value:g} everywhere, got {values[0]:.4g} …"
-                )
+                assert (values == value).all(), f"{name}: expected {value:g} everywhere, got {values[0]:.4g} …"
                 continue
             writes_residual = "mha.proj" in name or "ff.linear_out" in name
             std = residual if writes_residual else 0.02
@@ -618,9 +597,7 @@ class TestDecoderLM:
                 "the smaller start belongs to mha.proj and ff.linear_out only": residual,
                 "no 1/sqrt(2·n_layer) for mha.proj and ff.linear_out: do their names match?": 0.02,
             }
-            guess = [
-                text for text, value in looks_like.items() if abs(got / value - 1) < 0.05 and value != std
-            ]
+            guess = [text for text, value in looks_like.items() if abs(got / value - 1) < 0.05 and value != std]
             # Relative to std, the deviation of n samples has a sigma of 1/sqrt(2 n), their mean 1/sqrt(n).
             n = len(values)
             assert abs(got / std - 1) < 5 / math.sqrt(2 * n), (
@@ -666,9 +643,7 @@ class TestDecoderLM:
             kept = block.ff.linear_out.bias.detach().clone()
             make_bias = block.ff.linear_out.bias.data
             make_bias += 1.0 * torch.randn(D)
-            assert not torch.allclose(lm(self.ids), logits, atol=1e-3), (
-                f"block {i} has no effect: is it skipped?"
-            )
+            assert not torch.allclose(lm(self.ids), logits, atol=1e-3), f"block {i} has no effect: is it skipped?"
             make_bias.copy_(kept)
         # Block 0 reduced to adding c: the same as c in the embeddings, if the other block comes after it.
         c = 2 * torch.randn(D)
@@ -722,9 +697,7 @@ class TestDecoderLM:
             hint="do positions count real tokens only, and does every block get the mask?",
             atol=1e-4,
         )
-        check_close(
-            padded[1], lm(ids[1:])[0].detach(), "logits of a row that has no padding itself", atol=1e-4
-        )
+        check_close(padded[1], lm(ids[1:])[0].detach(), "logits of a row that has no padding itself", atol=1e-4)
 
     def test_no_token_id_is_special(self, lm):
         # A twin of token 3 (or 4) must act as token 3: a real <|endoftext|> or a token 0 is no padding.
@@ -793,9 +766,7 @@ def test_flops_per_token(lm):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
 def test_masks_of_other_types_mean_the_same(lm, dtype):
     ids = TestDecoderLM.ids
-    check_close(
-        lm(ids, WITH_A_HOLE.to(dtype)), lm(ids, WITH_A_HOLE).detach(), f"logits with a mask of {dtype}"
-    )
+    check_close(lm(ids, WITH_A_HOLE.to(dtype)), lm(ids, WITH_A_HOLE).detach(), f"logits with a mask of {dtype}")
 
 
 def test_a_fully_masked_row_has_finite_gradients(lm):

@@ -88,9 +88,7 @@ class TestRandomBatchSampler:
     def test_rows_and_batches_are_drawn_anew(self):
         sampler = train.random_batch_sampler(torch.arange(10_000), "cpu", 8, 4)
         first, second = (batch[:, 0] for batch in itertools.islice(sampler, 2))
-        assert not torch.equal(first, second), (
-            "the second batch: expected new rows, got the first batch again"
-        )
+        assert not torch.equal(first, second), "the second batch: expected new rows, got the first batch again"
         steps = first.diff()
         assert steps.unique().numel() > 1, (
             f"rows of a batch: expected starts of their own, got all {steps[0]} apart: one draw for all rows?"
@@ -243,9 +241,7 @@ class TestLanguageModelingLoss:
             "the first position's prediction is lost": (3 + 4 + 6 + 7) / 4 * LN2,
             "the last prediction is lost": (2 + 3 + 5 + 6) / 4 * LN2,
             "labels padded with token 0 and the padding counted": nats(*self.next_token, self.token_0),
-            "labels rolled: the last position predicts the first token": nats(
-                *self.next_token, self.first_token
-            ),
+            "labels rolled: the last position predicts the first token": nats(*self.next_token, self.first_token),
             "in bits, not in nats": 4.5,
             "the sign": -4.5 * LN2,
         }
@@ -353,9 +349,7 @@ class TestTrain:
         )
         n = len(optimizer.seen)
         guess = ": is optimizer.step() inside the accumulation loop?" if n == 3 * accumulation else ""
-        assert n == 3, (
-            f"3 training steps, accumulation {accumulation}: expected 3 optimizer steps, got {n}{guess}"
-        )
+        assert n == 3, f"3 training steps, accumulation {accumulation}: expected 3 optimizer steps, got {n}{guess}"
         batches = random_batches()
         previous = None
         for t, seen in enumerate(optimizer.seen):
@@ -408,9 +402,7 @@ class TestTrain:
         # SGD's step from the last weights seen must be where the model ends.
         optimizer = WatchedSGD(lm)
         train.train(lm, random_batches(), optimizer, lambda t: 0.1, num_training_steps=2)
-        assert len(optimizer.seen) == 2, (
-            f"2 training steps: expected 2 optimizer steps, got {len(optimizer.seen)}"
-        )
+        assert len(optimizer.seen) == 2, f"2 training steps: expected 2 optimizer steps, got {len(optimizer.seen)}"
         last = optimizer.seen[-1]
         before = torch.cat([last["weights"][name].flatten() for name, _ in lm.named_parameters()])
         after = torch.cat([p.detach().flatten() for p in lm.parameters()])
@@ -445,18 +437,12 @@ class TestTrain:
                 self.active = False
 
         autocast, seen = Autocast(), []
-        lm.blocks[0].register_forward_pre_hook(
-            lambda *_: seen.append((lm.blocks[0].training, autocast.active))
-        )
+        lm.blocks[0].register_forward_pre_hook(lambda *_: seen.append((lm.blocks[0].training, autocast.active)))
         train.train(lm.eval(), random_batches(), WatchedSGD(lm), lambda t: 0.1, autocast, 2)
         assert seen, "train: expected the model to be called, got no call"
         modes, active = zip(*seen, strict=True)
-        assert all(modes), (
-            "a model given in evaluation mode: expected training mode in train, got evaluation mode"
-        )
-        assert all(active), (
-            "autocast: expected the model to be called inside the context, got a call outside it"
-        )
+        assert all(modes), "a model given in evaluation mode: expected training mode in train, got evaluation mode"
+        assert all(active), "autocast: expected the model to be called inside the context, got a call outside it"
 
     @pytest.mark.parametrize("accumulation", [1, 2])
     def test_what_is_logged(self, lm, wandb_log, accumulation):
@@ -491,14 +477,10 @@ class TestTrain:
                     loss / accumulation for loss in right
                 ],
                 "the mean over 20 micro-batches: it is over 20 steps": running_mean(20),
-                "the loss of the step alone: it is the mean over the last 20 steps": running_mean(
-                    accumulation
-                ),
+                "the loss of the step alone: it is the mean over the last 20 steps": running_mean(accumulation),
             }
         steps = [step for step, _ in wandb_log]
-        assert steps == list(range(n_steps)), (
-            f"steps logged: expected 0, 1, …, {n_steps - 1}, got {steps[:3]} …"
-        )
+        assert steps == list(range(n_steps)), f"steps logged: expected 0, 1, …, {n_steps - 1}, got {steps[:3]} …"
         for key in ("train-loss", "learning-rate"):
             assert all(key in values for _, values in wandb_log), f"expected '{key}' logged at every step"
         check_close([values["train-loss"] for _, values in wandb_log], right, "the train-loss logged", wrong)
@@ -532,9 +514,7 @@ def test_sequential_batches_keep_the_last_rows_when_asked():
     takes(train.sequential_batch_sampler, "drop_last")
     for n_tokens, shapes in ((42, [(3, 5), (3, 5), (2, 5)]), (30, [(3, 5), (3, 5)]), (9, [(1, 5)]), (4, [])):
         got = list(train.sequential_batch_sampler(torch.arange(n_tokens), "cpu", 3, 5, drop_last=False))
-        assert [tuple(b.shape) for b in got] == shapes, (
-            f"{n_tokens} tokens, drop_last=False: expected {shapes}"
-        )
+        assert [tuple(b.shape) for b in got] == shapes, f"{n_tokens} tokens, drop_last=False: expected {shapes}"
         flat = torch.cat([b.flatten() for b in got]) if got else torch.arange(0)
         assert flat.tolist() == list(range(n_tokens - n_tokens % 5))
 
@@ -579,9 +559,7 @@ def test_train_tells_what_happened(lm):
     by_step = [(losses[i] + losses[i + 1]) / 2 for i in (0, 2, 4)]
     assert [result.step for result in told] == [0, 1, 2]
     check_close([result.loss for result in told], by_step, "loss of each step")
-    check_close(
-        [result.train_loss for result in told], [sum(by_step[:n]) / n for n in (1, 2, 3)], "running mean"
-    )
+    check_close([result.train_loss for result in told], [sum(by_step[:n]) / n for n in (1, 2, 3)], "running mean")
     check_close([1e12 * result.learning_rate for result in told], [1, 2, 3], "1e12·learning_rate")
 
 
@@ -598,9 +576,7 @@ class TestEvaluate:
     def test_every_predicted_token_counts_the_same(self, lm):
         lm.eval()
         with torch.no_grad():
-            first, second = (
-                train.compute_language_modeling_loss(ids, lm(ids)).item() for ids in self.batches
-            )
+            first, second = (train.compute_language_modeling_loss(ids, lm(ids)).item() for ids in self.batches)
         right = (15 * first + 3 * second) / 18  # 3·5 and 1·3 predictions
         wrong = {
             "the mean of the batches' means: batches differ in size": (first + second) / 2,
@@ -632,18 +608,10 @@ class TestEvaluate:
         check_close(
             got, right, f"val-loss of a model found in {mode} mode", hint="dropout must be off in evaluate"
         )
-        assert not any(training for training, _ in seen), (
-            "evaluate: expected evaluation mode, got training mode"
-        )
-        assert not any(grad for _, grad in seen), (
-            "evaluate: expected no gradients, got a forward pass with them"
-        )
-        assert model.training == (mode == "training"), (
-            f"evaluate: expected {mode} mode restored, got the other"
-        )
-        changed = [
-            name for name, value in model.state_dict().items() if not torch.equal(value, weights[name])
-        ]
+        assert not any(training for training, _ in seen), "evaluate: expected evaluation mode, got training mode"
+        assert not any(grad for _, grad in seen), "evaluate: expected no gradients, got a forward pass with them"
+        assert model.training == (mode == "training"), f"evaluate: expected {mode} mode restored, got the other"
+        changed = [name for name, value in model.state_dict().items() if not torch.equal(value, weights[name])]
         assert not changed, f"evaluate: expected the weights unchanged, got other {changed}"
         assert all(p.grad is None for p in model.parameters()), "evaluate: expected no gradients left behind"
 
@@ -652,9 +620,7 @@ def test_training_flops():
     model = DecoderLM(V, 6, 2, P, n_layer=1)
     got = train.training_flops(model, 10, 3, 4, 5)
     # 66 + 48 + (12·36 + 13·6) + 12 = 636 parameters; 6·636 + 12·1·6·8 = 4392 per token; 10·3·4·5 = 600 tokens
-    assert got == 2_635_200 and isinstance(got, int), (
-        f"training_flops: expected the integer 2635200, got {got!r}"
-    )
+    assert got == 2_635_200 and isinstance(got, int), f"training_flops: expected the integer 2635200, got {got!r}"
 
 
 class LargestTensor(TorchDispatchMode):
@@ -695,18 +661,14 @@ class TestChunkedLoss:
         ids = torch.randint(n_vocab, (B, S))
         with LargestTensor() as largest:
             loss_class(model)(ids).backward()
-        assert largest.numel < B * S * n_vocab / 2, (
-            f"B·S·V = {B * S * n_vocab}, largest tensor {largest.numel}"
-        )
+        assert largest.numel < B * S * n_vocab / 2, f"B·S·V = {B * S * n_vocab}, largest tensor {largest.numel}"
 
     def test_is_float32_under_autocast(self, lm, loss_class):
         ids = next(random_batches())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden = lm.hidden_states(ids)
             loss = loss_class(lm)(ids)
-        assert loss.dtype == torch.float32, (
-            f"the loss under bf16 autocast: expected float32, got {loss.dtype}"
-        )
+        assert loss.dtype == torch.float32, f"the loss under bf16 autocast: expected float32, got {loss.dtype}"
         check_close(
             loss,
             train.compute_language_modeling_loss(ids, lm.token_logits(hidden.float())).float(),

@@ -178,9 +178,7 @@ def test_damaged_cache_is_made_anew(tmp_path):
     first = load_corpus(str(path), N_VOCAB)
     (tmp_path / "text.txt.tokens.npz").write_bytes(b"PK\x03\x04 torn")
     assert np.array_equal(load_corpus(str(path), N_VOCAB).train, first.train)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt", "text.txt.tokens.npz"], (
-        "a file was left"
-    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt", "text.txt.tokens.npz"], "a file was left"
 
 
 def test_trains_without_a_cache_where_none_can_be_written(tmp_path, monkeypatch, capsys):

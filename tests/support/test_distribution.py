@@ -43,10 +43,9 @@ def _in_rank(variables: dict, log: Path, function, args: tuple) -> None:
     torch.set_num_threads(1)
     hardware.matrix_product_rate = lambda hardware: 1e12  # neither takes part in anything here
     results.plot_curve = lambda *args: None
-    with log.open("a", buffering=1) as sys.stdout:
-        sys.stderr = sys.stdout
-        os.dup2(log.open("a").fileno(), 2)
-        function(*args)
+    sys.stdout = sys.stderr = log.open("a", buffering=1)
+    os.dup2(sys.stdout.fileno(), 2)
+    function(*args)
 
 
 class Ranks:
@@ -243,11 +242,12 @@ def torchrun(tiny: TinyRun, *options: str) -> subprocess.Popen:
     )
 
 
-def test_sigterm_to_torchrun_saves_once(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
+def test_signal_to_torchrun_saves_once(tmp_path, number):
     tiny = TinyRun(tmp_path, num_training_steps=100_000, checkpoint_interval=90_000)
     process = torchrun(tiny)
     wait_until(lambda: tiny.rows() > 2 or process.poll() is not None)
-    process.terminate()
+    process.send_signal(number)
     said = process.communicate(timeout=60)[0]
     step = torch.load(tiny.state, weights_only=True)["progress"]["step"]
     assert tiny.rows() == step + 1, said
@@ -283,6 +283,14 @@ def test_soak_four_ranks_continue_exactly(tmp_path):
     assert tiny.results() == whole.results()
 
 
+def test_a_loss_that_is_wrapped_already_stays_as_it_is():
+    model = DecoderLM(V, 10, 2, 11, 2)
+    loss = train.LanguageModelingLoss(model)
+    assert train._loss_module(model).model is model
+    for wrapped in (loss, torch.nn.DataParallel(loss), torch.compile(loss, backend="eager")):
+        assert train._loss_module(wrapped) is wrapped
+
+
 # --- one process -----------------------------------------------------------------------------------------
 
 
@@ -315,7 +323,7 @@ def test_every_rank_has_its_own_gpu(monkeypatch):
     assert world.device("auto") == "cpu" and world.device("cuda") == "cuda"  # refused by choose_hardware
     cuda.is_available = lambda: True
     assert world.device("auto") == world.device("cuda") == "cuda:1" and chosen == [1, 1]
-    with pytest.raises(UserError, match="'cuda:0' cannot serve 8 processes"):
+    with pytest.raises(UserError, match="'cuda:0' is but one for 8 processes"):
         world.device("cuda:0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match="4 processes, but 2 GPUs here; start torchrun --nproc_per_node=2"):

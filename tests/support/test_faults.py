@@ -89,9 +89,7 @@ def test_loss_that_is_not_finite(tmp_path, capsys):
     state = load_archive(tiny.state, 0, 1e9)
     step = state["progress"]["step"]
     assert f"at step {step} " in captured.err and f"continues from step {step}" in captured.err
-    assert all(torch.isfinite(tensor).all() for tensor in state["model"].values()), (
-        "the state kept is a good one"
-    )
+    assert all(torch.isfinite(tensor).all() for tensor in state["model"].values()), "the state kept is a good one"
     assert tiny.main() == 1, "the same command diverges again, and says so again"
     assert load_archive(tiny.state, 0, 1e9)["progress"]["step"] == step
 
@@ -323,9 +321,7 @@ def test_read_only_folder_is_refused_before_training(tmp_path, capsys, read_only
     for out in (read_only_folder, read_only_folder / "deeper"):
         assert TinyRun(tmp_path, output_dir=out).main() == 2
         error = capsys.readouterr().err
-        assert (
-            error.startswith("error: output_dir: ") and "cannot be written" in error and error.count("\n") == 1
-        )
+        assert error.startswith("error: output_dir: ") and "cannot be written" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("place", [".", "model.pt/", "metrics.csv/", "training_state.pt/", ".lock/"])

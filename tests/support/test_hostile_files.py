@@ -333,13 +333,23 @@ def flip_bits(path, whole, original, times: int, draw: random.Random) -> int:
 def mutated(content: bytes, draw: random.Random) -> bytes:
     """The content with a few bytes changed, inserted, removed, repeated or swapped for hostile ones."""
     content = bytearray(content)
-    for _ in range(draw.randrange(1, 6)):
-        at, length = draw.randrange(len(content) + 1), draw.choice([1, 1, 2, 9, 300])
+    for _ in range(draw.choice([1, 1, 1, 2, 5])):
+        at, length = draw.randrange(len(content) + 1), draw.choice([1, 1, 1, 2, 9, 300])
         piece = content[at : at + length]
         content[at : at + draw.choice([0, length])] = draw.choice(
-            [b"", bytes(piece[::-1]), draw.randbytes(length), piece * 2, *HOSTILE]
+            [b"", bytes(piece[::-1]), draw.randbytes(length), draw.randbytes(1), piece * 2, draw.choice(HOSTILE)]
         )
-    return bytes(content[: draw.choice([len(content)] * 9 + [draw.randrange(len(content) + 1)])])
+    return bytes(content[: draw.choice([len(content)] * 19 + [draw.randrange(len(content) + 1)])])
+
+
+def mutated_archive(content: bytes, draw: random.Random) -> bytes:
+    """Damage anywhere in a zip file, or inside an entry (most often the first) with a checksum that fits."""
+    if draw.random() < 0.3:
+        return mutated(content, draw)
+    entries = entries_of(content)
+    at = draw.choice([0, 0, 0, draw.randrange(len(entries))])
+    entries[at] = (entries[at][0], mutated(entries[at][1], draw))
+    return zipped(entries)
 
 
 HOSTILE = [
@@ -406,7 +416,7 @@ def try_mutated_npz(tmp_path, capsys, times: int, draw: random.Random) -> int:
     tiny, successes = TinyRun(tmp_path), 0
     good = tiny.tokens.read_bytes()
     for _ in range(times):
-        tiny.tokens.write_bytes(mutated(good, draw))
+        tiny.tokens.write_bytes(mutated_archive(good, draw))
         successes += one_line_or_success(tiny.main("--dry-run"), capsys.readouterr())
     return successes
 
@@ -415,14 +425,7 @@ def try_mutated_checkpoints(folder, capsys, whole, times: int, draw: random.Rand
     """Run `generate.py` on mutated checkpoints, most with valid checksums; return how many succeeded."""
     successes = 0
     for _ in range(times):
-        entries = entries_of(whole)
-        if draw.random() < 0.7:  # damage inside an entry, most often the pickle, with a checksum that fits
-            at = draw.choice([0, 0, 0, draw.randrange(len(entries))])
-            entries[at] = (entries[at][0], mutated(entries[at][1], draw))
-            content = zipped(entries)
-        else:
-            content = mutated(whole, draw)
-        (folder / "model.pt").write_bytes(content)
+        (folder / "model.pt").write_bytes(mutated_archive(whole, draw))
         successes += one_line_or_success(generate_from(folder), capsys.readouterr())
     return successes
 

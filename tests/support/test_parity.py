@@ -13,9 +13,7 @@ IDS = torch.tensor([[4, 10, 7, 0, 6, 2], [9, 1, 3, 3, 2, 8]])
 
 @pytest.fixture(scope="module")
 def transformers():
-    return pytest.importorskip(
-        "transformers", reason="transformers is not installed: pip install transformers"
-    )
+    return pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 pytest_plugins = ["pytester"]
+pytestmark = pytest.mark.soak  # each starts a pytest of its own
 
 EMBED = """
 import pytest
@@ -28,7 +29,7 @@ def run(pytester):
 
     def run(*args, body="pass", **files):
         pytester.makepyfile(test_model=EMBED.format(body=body), **files)
-        result = pytester.runpytest("--points-json", "points.json", *args)
+        result = pytester.runpytest_subprocess("--points-json", "points.json", *args)
         path = pytester.path / "points.json"
         run.errors = result.stderr.str()
         return result.stdout, json.loads(path.read_text()) if path.exists() else None
@@ -40,9 +41,7 @@ def test_all_points_when_all_tests_pass(run):
     out, points = run()
     out.fnmatch_lines(["1.3 * embed * 2 of 2 * 5 / 5", "total * 5 / 5"])
     assert points["score"] == 5
-    assert points["tests"] == [
-        {"name": "1.3 embed", "score": 5, "max_score": 5, "output": "2 of 2 tests passed"}
-    ]
+    assert points["tests"] == [{"name": "1.3 embed", "score": 5, "max_score": 5, "output": "2 of 2 tests passed"}]
 
 
 def test_no_points_when_one_fails(run):

@@ -27,9 +27,7 @@ def load(path, limit=100, **options):
 
 def test_csv_with_header_in_any_order_with_further_columns(tmp_path):
     path = tmp_path / "mine.csv"
-    path.write_text(
-        '\ufeffLabel,stars,Text\n1,5,"Good, ""really""\ngood"\n0,1,C:\\new bad\n\n', encoding="utf-8"
-    )
+    path.write_text('\ufeffLabel,stars,Text\n1,5,"Good, ""really""\ngood"\n0,1,C:\\new bad\n\n', encoding="utf-8")
     assert pairs(load(path)) == [("C:\\new bad", 0), ('Good, "really"\ngood', 1)]
 
 

@@ -33,9 +33,7 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
 def graded(folder: Path) -> dict:
     """The points of the folder's tests, as the autograder's file has them."""
     files = [f"tests/test_{Path(name).stem}.py" for name in make_starter.GRADED]
-    result = run(
-        folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "--points-json", "points.json"
-    )
+    result = run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "--points-json", "points.json")
     assert (folder / "points.json").exists(), result.stdout + result.stderr
     return json.loads((folder / "points.json").read_text(encoding="utf-8"))
 
@@ -75,6 +73,7 @@ def fill(starter_text: str, solution_text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+@pytest.mark.soak
 def test_a_plain_solution_gets_all_points_and_the_commands_work(starter):
     for name in make_starter.GRADED:
         text = fill((starter / name).read_text(encoding="utf-8"), (PLAIN / name).read_text(encoding="utf-8"))
@@ -178,3 +177,15 @@ def test_an_edit_whose_text_is_gone_is_an_error(monkeypatch):
     monkeypatch.setattr(make_starter, "EDITS", [("model.py", "no such text in it", "")])
     with pytest.raises(ValueError, match=r"model\.py: 0 times instead of once"):
         make_starter.student_source("model.py")
+
+
+def test_a_function_that_no_table_names_is_an_error(monkeypatch):
+    monkeypatch.setitem(make_starter.DROPPED, "generate.py", make_starter.DROPPED["generate.py"] - {"left_pad"})
+    with pytest.raises(ValueError, match="GRADED, GIVEN or DROPPED what becomes of left_pad"):
+        make_starter.student_source("generate.py")
+    monkeypatch.setitem(make_starter.DROPPED, "model.py", {"gone_long_ago"})
+    with pytest.raises(ValueError, match="gone_long_ago not there"):
+        make_starter.student_source("model.py")
+    monkeypatch.setattr(make_starter, "README_SECTIONS", ("No such section",))
+    with pytest.raises(ValueError, match="0 sections '## No such section'"):
+        make_starter.student_readme()

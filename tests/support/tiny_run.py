@@ -36,9 +36,7 @@ class TinyRun:
         self.config = folder / "tiny.yaml"
         self.state = self.out / "training_state.pt"
         draw = np.random.default_rng(3)
-        splits = {
-            name: draw.integers(0, 50257, n).astype(np.uint16) for name, n in (("train", 400), ("val", 90))
-        }
+        splits = {name: draw.integers(0, 50257, n).astype(np.uint16) for name, n in (("train", 400), ("val", 90))}
         np.savez(self.tokens, **splits)
         values = {"output_dir": str(self.out), "data": str(self.tokens), **KEYS, **keys}
         self.config.write_text(yaml.safe_dump(values))
@@ -57,9 +55,7 @@ class TinyRun:
 
     def process(self, *arguments: str):
         """Start the command in a process that may be killed."""
-        process = processes().Process(
-            target=_main, args=(str(self.config), arguments, str(self.config) + ".log")
-        )
+        process = processes().Process(target=_main, args=(str(self.config), arguments, str(self.config) + ".log"))
         process.start()
         return process
 
@@ -84,7 +80,8 @@ class TinyRun:
 def processes():
     """Processes that fork from one which has imported everything and computed nothing: each starts fast."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "generate", "support.run", "support.tokenizer"])
+    modules = ["train", "generate", "support.run", "support.tokenizer", "torch._dynamo"]  # DDP imports the last
+    context.set_forkserver_preload(modules)
     return context
 
 
