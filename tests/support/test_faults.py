@@ -18,7 +18,7 @@ from tiny_run import TinyRun, at_batches
 
 import train
 from model import DecoderLM
-from support import hardware, results, tracking
+from support import hardware, results, run, tracking
 from support.checkpoint import load_archive
 from support.config import ModelConfig
 from support.files import atomic_file, write_json
@@ -266,25 +266,42 @@ def test_write_that_fails_halfway_leaves_the_former_file(tmp_path):
 
 
 def test_metrics_wait_for_room(tmp_path):
-    path = tmp_path / "metrics.csv"
-    log, whole = MetricsLog(path), tmp_path / "whole.csv"
-    reference = MetricsLog(whole)
-    for step in range(20):
-        row = (step, 8 * step, 100 * step, 1 / (step + 1), 0.1 + step, 1e-3)
-        reference.append(*row)
-        if step == 5:
-            room = limit(resource.RLIMIT_FSIZE, path.stat().st_size + 30)  # row 5 is cut in its middle
-            room.__enter__()
-        log.append(*row)
-        if step == 12:
+    path, whole = tmp_path / "metrics.csv", tmp_path / "whole.csv"
+    rows = [(step, 8 * step, 100 * step, 1 / (step + 1), 0.1 + step, 1e-3) for step in range(20)]
+    with contextlib.closing(MetricsLog(path)) as log, contextlib.closing(MetricsLog(whole)) as reference:
+        for row in rows:
+            reference.append(*row)
+        for row in rows[:5]:
+            log.append(*row)
+        with limit(resource.RLIMIT_FSIZE, path.stat().st_size + 30):  # row 5 is cut in its middle
+            for row in rows[5:12]:
+                log.append(*row)
             with pytest.raises(OSError, match="too large"):
                 log.sync()
             assert len(read_rows(path)) == 5, "a row that is cut short is no row"
-            room.__exit__(None, None, None)
-    log.sync()
+        for row in rows[12:]:
+            log.append(*row)
+        log.sync()
     assert path.read_bytes() == whole.read_bytes()
-    log.close()
-    reference.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_state_is_not_saved_before_the_rows_that_it_promises(tmp_path, monkeypatch, capsys, no_picture):
+    logs = []
+    monkeypatch.setattr(run, "MetricsLog", lambda *args: logs.append(MetricsLog(*args)) or logs[-1])
+    tiny = TinyRun(tmp_path, checkpoint_interval=2)
+
+    def fill_the_disk_of_the_metrics():
+        with open("/dev/full", "wb") as full:
+            os.dup2(full.fileno(), logs[-1]._file.fileno())
+
+    with monkeypatch.context() as patch:
+        at_batches(patch, {4: fill_the_disk_of_the_metrics})
+        assert tiny.main() == 1
+    captured = capsys.readouterr()
+    assert "state of step 4 could not be saved (No space left on device)" in captured.out
+    assert "continues from step 2" in captured.err and tiny.rows() == 3
+    assert tiny.main() == 0 and tiny.rows() == 7
 
 
 @pytest.mark.parametrize("rest", ["", "3,4", "\x00\n", "a,b,c,d,e,f\n", "5,1,1,2.0,2.0,0.1\n" * 3])

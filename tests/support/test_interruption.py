@@ -25,6 +25,14 @@ def quick(monkeypatch):
     monkeypatch.setattr(results, "plot_curve", lambda *args: None)
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Let Ctrl-C reach these tests also where a shell started them in its background, ignoring it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     tiny = TinyRun(tmp_path_factory.mktemp("reference"))
