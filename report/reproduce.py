@@ -30,6 +30,9 @@ sys.path[:0] = [str(ROOT), str(REPORT)]
 
 import downstream  # noqa: E402
 import tables  # noqa: E402
+from tables import ANSWERS, CONFIGS, OUTPUTS, RESULTS  # noqa: E402
+from variants import GPT2, UntiedLM  # noqa: E402
+
 import train  # noqa: E402
 from data.prepare import prepare  # noqa: E402
 from model import DecoderLM  # noqa: E402
@@ -40,10 +43,7 @@ from support.errors import UserError, check, exit_on_user_error  # noqa: E402
 from support.files import write_atomically  # noqa: E402
 from support.metrics import read_metrics  # noqa: E402
 from support.tokenizer import get_tokenizer  # noqa: E402
-from tables import ANSWERS, CONFIGS, RESULTS  # noqa: E402
-from variants import GPT2, UntiedLM  # noqa: E402
 
-OUTPUTS = Path("outputs/report")  # as in the configurations
 WIKIPEDIA, C4 = OUTPUTS / "wikipedia.npz", OUTPUTS / "c4.npz"
 C4_HELD_OUT = 1000  # documents evaluated on: half a million tokens
 VARIANTS = {"1.1-untied": UntiedLM, "1.1-untied-same-count": UntiedLM, "gpt2-gpt2": GPT2, "gpt2-tuned": GPT2}
@@ -161,7 +161,9 @@ def main(argv: list[str] | None = None) -> None:
     one.add_argument("--fresh", action="store_true", help="start over")
     commands.add_parser("pdf", help="make report/answers.pdf")
     for question in [*tables.DRAW, "all"]:
-        command = commands.add_parser(question, help=f"question {question}" if question != "all" else "all of them")
+        command = commands.add_parser(
+            question, help=f"question {question}" if question != "all" else "all of them"
+        )
         command.add_argument("--draw", action="store_true", help="only draw again what was measured")
         command.add_argument("--fresh", action="store_true", help="train and measure again")
     args = parser.parse_args(argv)
@@ -173,7 +175,9 @@ def main(argv: list[str] | None = None) -> None:
             make_pdf()
         elif args.command == "train":
             if not (CONFIGS / f"{args.setting}.yaml").exists():
-                raise UserError(f"report/configs/{args.setting}.yaml does not exist; see that folder for the names")
+                raise UserError(
+                    f"report/configs/{args.setting}.yaml does not exist; see that folder for the names"
+                )
             train_run(args.setting, args.seed, args.fresh)
             measure_run(args.setting, tables.run_name(args.setting, args.seed))
         else:
