@@ -143,12 +143,12 @@ def lengths() -> dict[str, str]:
 
 FAULTS = {  # of 2.4, in the order of the table; the first three are drawn thick
     "expected": "expected",
-    "low-rate": "case 1: rate 5 times too low",
-    "high-rate": "case 2: rate 200 times too high, no warm-up",
+    "low-rate": "case 1: rate 6 times too low",
+    "high-rate": "case 2: rate 400 times too high, no warm-up",
     "long-warmup": "rival: warm-up as long as the run",
-    "few-steps": "rival: 110 steps instead of 600",
+    "few-steps": "rival: a sixth of the steps",
     "small-batch": "rival: a quarter of the batch",
-    "high-rate-warmup": "rival: rate 200 times too high, with warm-up",
+    "high-rate-warmup": "rival: rate 400 times too high, with warm-up",
     "no-warmup": "rival: no warm-up, right rate",
 }
 LEVELS = (10.0, 8.4, 7.9)

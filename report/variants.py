@@ -36,11 +36,17 @@ class GPT2(nn.Module):
         super().__init__()
         ours = DecoderLM(n_vocab, n_embd, n_head, n_positions, n_layer, p_dropout)  # draws what ours draws
         self.n_vocab, self.flops_per_token = n_vocab, ours.flops_per_token
-        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), p_dropout)
+        config = GPT2Config(
+            vocab_size=n_vocab,
+            n_positions=n_positions,
+            n_embd=n_embd,
+            n_layer=n_layer,
+            n_head=n_head,
+            use_cache=False,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), p_dropout),
+        )
         with torch.random.fork_rng():
-            self.gpt2 = GPT2LMHeadModel(
-                GPT2Config(n_vocab, n_positions, n_embd, n_layer, n_head, use_cache=False, **dropout)
-            )
+            self.gpt2 = GPT2LMHeadModel(config)
         self.position_embeddings = self.gpt2.transformer.wpe  # generate() asks it for n_positions
 
     def forward(self, input_ids, attention_mask=None):
