@@ -138,43 +138,63 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     The gradients are computed in the forward pass, while a chunk's logits are still in cache, so each logit
     is written once and never kept. With p = softmax(logits), the gradient of a row's loss by its logits is
-    p - onehot(label). Three choices make it fast and change nothing but the rounding: exp2 is the faster
-    exponential, so log2(e) is multiplied into the (N, D) hidden states; the vocabulary comes first in
-    memory, which suits the matrix products of a CPU; and rows of p are scaled by way of their (N, D) factors.
-    The maximum, which keeps exp2 in range, is only looked for when |h| |w| does not bound the logits.
+    p - onehot(label). What makes it fast changes nothing but the rounding: exp2 is the faster exponential,
+    so log2(e) is multiplied into the (N, D) hidden states; the vocabulary comes first in memory, which suits
+    a CPU's matrix products; rows of p are scaled by way of their (N, D) factors; and the maximum is taken off
+    only once a sum of exponentials has come near the end of float32's range.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, rows):
-        n, n_vocab = len(hidden), len(weight)
-        need_grad = any(ctx.needs_input_grad)
-        hidden_grad = torch.empty_like(hidden) if need_grad else None
-        weight_grad = torch.zeros_like(weight) if need_grad else None
-        buffer = hidden.new_empty(n_vocab * min(rows, n))
-        nats = torch.zeros((), dtype=torch.float64)
-        log2_e = math.log2(math.e)
-        bounded = hidden.norm(dim=1).max() * weight.norm(dim=1).max() * log2_e < 64  # 2^64 is far from overflow
-        for h, label, start in zip(hidden.split(rows), labels.split(rows), range(0, n, rows), strict=True):
-            logits = buffer[: n_vocab * len(h)].view(n_vocab, len(h))  # (V, R), in base 2
-            torch.mm(weight, h.T * log2_e, out=logits)
-            if not bounded:
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.rows = rows
+        loss, *ctx.gradients = _loss_and_gradients(hidden, weight, labels, rows, any(ctx.needs_input_grad))
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        # They are handed over, since copying them into fresh memory takes long. A second pass computes them anew.
+        hidden_grad, weight_grad = ctx.gradients or _loss_and_gradients(*ctx.saved_tensors, ctx.rows, True)[1:]
+        ctx.gradients = None
+        return hidden_grad.mul_(grad), weight_grad.mul_(grad), None, None
+
+
+def _loss_and_gradients(hidden, weight, labels, rows, need_grad):
+    n, n_vocab = len(hidden), len(weight)
+    hidden_grad = torch.empty_like(hidden) if need_grad else None
+    weight_grad = torch.zeros_like(weight) if need_grad else None
+    buffer = hidden.new_empty(n_vocab * min(rows, n))
+    nats = torch.zeros((), dtype=torch.float64)
+    log2_e = math.log2(math.e)
+    take_maximum = False
+    for h, label, start in zip(hidden.split(rows), labels.split(rows), range(0, n, rows), strict=True):
+        logits = buffer[: n_vocab * len(h)].view(n_vocab, len(h))  # (V, R), in base 2
+        h_T = (h.T * log2_e).contiguous()
+        while True:
+            torch.mm(weight, h_T, out=logits)
+            if take_maximum:
                 logits.sub_(logits.amax(dim=0, keepdim=True))
             of_label = logits.gather(0, label[None])  # (1, R)
             p = logits.exp2_()  # in place, not yet divided by the sum
             total = p.sum(dim=0, keepdim=True)
-            nats += (total.log2() - of_label).sum(dtype=torch.float64) / log2_e
-            if need_grad:
-                p.scatter_add_(0, label[None], -total)
-                scale = 1 / (total.T * n)  # (R, 1): divides by the sum, and takes the mean
-                hidden_grad[start : start + rows] = torch.mm(p.T, weight) * scale
-                weight_grad.addmm_(p, h * scale)
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        return (nats / n).to(hidden.dtype)
+            if take_maximum or (total.min() > 2**-60 and total.max() < 2**60):
+                break
+            take_maximum = True  # for this chunk and the rest
+        nats += (total.log2() - of_label).sum(dtype=torch.float64) / log2_e
+        if need_grad:
+            p.scatter_add_(0, label[None], -total)
+            scale = 1 / (total.T * n)  # (R, 1): divides by the sum, and takes the mean
+            hidden_grad[start : start + rows] = _product_over_vocabulary(p, weight) * scale
+            weight_grad.addmm_(p, h * scale)
+    return (nats / n).to(hidden.dtype), hidden_grad, weight_grad
 
-    @staticmethod
-    def backward(ctx, grad):
-        hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * grad, weight_grad * grad, None, None
+
+def _product_over_vocabulary(p, weight, piece=2048):
+    """p.T @ weight: (V, R), (V, D) -> (R, D). In pieces, as one sum over V is slow where R and D are small."""
+    n = len(p) // piece
+    p_pieces, weight_pieces = (x[: n * piece].view(n, piece, x.shape[1]) for x in (p, weight))
+    return torch.bmm(p_pieces.mT, weight_pieces).sum(dim=0).addmm_(p[n * piece :].T, weight[n * piece :])
 
 
 class LanguageModelingLoss(nn.Module):
