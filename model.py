@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+MOST_SCORES = 2**21  # attention scores at a time on a CPU: 8 MiB in float32, because more leave its caches
+
 
 class Dropout(nn.Dropout):
     """`nn.Dropout` that draws 16 random bits for an element: p is exact to 2^-17.
@@ -103,11 +105,7 @@ class MultiHeadAttention(nn.Module):
         return q, k.transpose(2, 3), v
 
     def self_attention(
-        self,
-        q: torch.Tensor,
-        kT: torch.Tensor,
-        v: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        self, q: torch.Tensor, kT: torch.Tensor, v: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Mix the values of the tokens that each token may look at: softmax(q kT / sqrt(HD)) v.
 
@@ -142,17 +140,21 @@ class MultiHeadAttention(nn.Module):
         return self.dropout(self.proj(attn))
 
     def forward(
-        self,
-        x: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        cache: KeyValueCache | None = None,
+        self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, *, cache: KeyValueCache | None = None
     ) -> torch.Tensor:
-        """x (B, S, D) -> (B, S, D). With a cache, x holds the new tokens and the mask covers all."""
+        """x (B, S, D) -> (B, S, D). With a cache, x holds the new tokens and the mask covers all.
+
+        On a CPU the sequences go through in groups whose scores fit its caches; they never meet anyway.
+        """
         q, kT, v = self.q_kT_v(x)
         if cache is not None:
             kT, v = cache.extend(kT, v)
-        return self.projection(self.self_attention(q, kT, v, attention_mask))
+        group = max(1, MOST_SCORES // (self.n_head * q.shape[2] * v.shape[2]))
+        if len(x) <= group or not x.is_cpu:
+            return self.projection(self.self_attention(q, kT, v, attention_mask))
+        masks = [None] * len(x) if attention_mask is None else attention_mask.split(group)
+        groups = zip(q.split(group), kT.split(group), v.split(group), masks, strict=False)
+        return self.projection(torch.cat([self.self_attention(*tensors) for tensors in groups]))
 
 
 class FeedForward(nn.Module):
@@ -185,11 +187,7 @@ class DecoderBlock(nn.Module):
         self.ff = FeedForward(n_embd, p_dropout)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        *,
-        cache: KeyValueCache | None = None,
+        self, x: torch.Tensor, attention_mask: torch.Tensor | None, *, cache: KeyValueCache | None = None
     ) -> torch.Tensor:
         """x (B, S, D), attention_mask (B, S) or None -> (B, S, D)"""
         x = x + self.mha(self.ln_1(x), attention_mask, cache=cache)
@@ -200,13 +198,7 @@ class DecoderLM(nn.Module):
     """The language model: token ids in, the logits of each next token out."""
 
     def __init__(
-        self,
-        n_vocab: int,
-        n_embd: int,
-        n_head: int,
-        n_positions: int,
-        n_layer: int,
-        p_dropout: float = 0.1,
+        self, n_vocab: int, n_embd: int, n_head: int, n_positions: int, n_layer: int, p_dropout: float = 0.1
     ):
         super().__init__()
         self.n_vocab = n_vocab
@@ -272,11 +264,7 @@ class DecoderLM(nn.Module):
         return self.dropout(x)
 
     def hidden_states(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        caches: list[KeyValueCache] | None = None,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, caches: list | None = None
     ) -> torch.Tensor:
         """Embedding, all blocks and the final LayerNorm: (B, S) -> (B, S, D).
 
@@ -297,11 +285,7 @@ class DecoderLM(nn.Module):
         return F.linear(x, self.token_embeddings.weight)
 
     def next_token_logits(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        caches: list[KeyValueCache] | None = None,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, caches: list | None = None
     ) -> torch.Tensor:
         """`forward(input_ids, attention_mask)[:, -1]` without the other logits: (B, S) -> (B, V).
 
