@@ -1,6 +1,5 @@
 """training_state.pt: all that an interrupted run needs to go on as if nothing had happened."""
 
-import dataclasses
 import hashlib
 import reprlib
 from pathlib import Path
@@ -15,7 +14,6 @@ from support.distribution import World
 from support.errors import UserError, check, first_line
 from support.files import write_together
 
-NOT_MATHEMATICS = ("output_dir", "device", "data", "checkpoint_interval")  # may differ when a run goes on
 FRESH = "start over with --fresh or choose another output_dir"
 
 
@@ -46,7 +44,7 @@ def save_state(
     values = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "config": dataclasses.asdict(config),
+        "config": config.flat(),
         "data": data,
         "random": random,
         "progress": progress,
@@ -71,19 +69,16 @@ def load_state(
     # Weights and two moments make 3; the rest is the index and the random states.
     values = load_archive(path, 2.9 * n_bytes, 3.1 * n_bytes + 2**24, FRESH)
     try:
-        _check_same_run(values, config, data, path)
-        n_ranks = len(values["random"])
-        launcher = "python" if n_ranks == 1 else f"torchrun --nproc_per_node={n_ranks}"
-        check(
-            n_ranks == world.size,
-            f"{path}: the interrupted run there has {n_ranks} process{'es' * (n_ranks > 1)}, this one "
-            f"{world.size}; continue it with {launcher} train.py, or {FRESH}",
-        )
+        _check_same_run(values, config, data, world.size, f"{path}: the interrupted run there has")
         progress = values["progress"]
-        check(_is_progress(progress, config.num_training_steps), f"{path}: its progress makes no sense; {FRESH}")
+        check(_makes_sense(progress, config.num_training_steps), f"{path}: its progress makes no sense; {FRESH}")
         model.load_state_dict(values["model"])
         optimizer.load_state_dict(values["optimizer"])
-        _check_tensors(model, optimizer)
+        for parameter in model.parameters():
+            moments = list(optimizer.state[parameter].values())
+            same_shape = bool(moments) and all(moment.shape in (parameter.shape, ()) for moment in moments)
+            finite = all(bool(tensor.isfinite().all()) for tensor in (parameter, *moments))
+            check(same_shape and finite, f"{path}: holds values of other shapes, or not finite; {FRESH}")
         _restore_random_state(values["random"][world.rank], next(model.parameters()).device)
     except UserError:
         raise
@@ -92,34 +87,28 @@ def load_state(
     return progress
 
 
-def _check_same_run(values: dict, config: TrainingConfig, data: str, path: Path) -> None:
-    theirs, ours = _flat(values["config"]), _flat(dataclasses.asdict(config))
+def _check_same_run(values: dict, config: TrainingConfig, data: str, n_ranks: int, there: str) -> None:
+    theirs, ours = values["config"], config.flat()
     differing = [
         f"{key} ({reprlib.repr(theirs.get(key))} there, {ours.get(key)!r} here)"
-        for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key) and key not in NOT_MATHEMATICS
+        for key in config.differing(theirs)
     ]
-    check(
-        not differing,
-        f"{path}: the interrupted run there has another configuration: {', '.join(differing)}; {FRESH}",
-    )
-    there = reprlib.repr(theirs["data"] or "the default")
+    check(not differing, f"{there} another configuration: {', '.join(differing)}; {FRESH}")
+    names = [reprlib.repr(keys["data"] or "the default") for keys in (theirs, ours)]
     check(
         values["data"] == data,
-        f"{path}: the interrupted run there has other data: data ({there} there, "
-        f"{config.data or 'the default'!r} here) does not hold the same tokens; {FRESH}",
+        f"{there} other data: data ({names[0]} there, {names[1]} here) does not hold the same tokens; {FRESH}",
+    )
+    n = len(values["random"])
+    launcher = "python" if n == 1 else f"torchrun --nproc_per_node={n}"
+    check(
+        n == n_ranks,
+        f"{there} {n} process{'es' * (n > 1)}, this one {n_ranks}; "
+        f"continue it with {launcher} train.py, or {FRESH}",
     )
 
 
-def _flat(config: dict) -> dict:
-    """Nested keys as `model_config.n_embd`."""
-    flat = {}
-    for key, value in config.items():
-        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
-
-
-def _is_progress(progress: dict, n_steps: int) -> bool:
+def _makes_sense(progress: dict, n_steps: int) -> bool:
     return (
         0 < int(progress["step"]) <= n_steps
         and all(isinstance(loss, float) for loss in progress["losses"])
@@ -128,22 +117,10 @@ def _is_progress(progress: dict, n_steps: int) -> bool:
     )
 
 
-def _check_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Every number finite and every moment of its parameter's shape; raises ValueError."""
-    tensors = list(model.parameters())
-    for parameter in model.parameters():
-        moments = list(optimizer.state[parameter].values())
-        if not moments or any(moment.shape not in (parameter.shape, ()) for moment in moments):
-            raise ValueError("the optimizer's state has other shapes")
-        tensors += moments
-    if not all(torch.isfinite(tensor).all() for tensor in tensors):
-        raise ValueError("it holds values that are not finite")
-
-
 def random_state(device: torch.device) -> dict:
     """The generators of torch (it draws the batches), of the GPU, and of numpy, as plain values."""
     kind, keys, *rest = np.random.get_state()
-    state = {"torch": torch.get_rng_state(), "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest]}
+    state = {"torch": torch.get_rng_state(), "numpy": [kind, torch.from_numpy(keys), *rest]}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
@@ -152,6 +129,6 @@ def random_state(device: torch.device) -> dict:
 def _restore_random_state(state: dict, device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in state and device.type == "cuda":
+    np.random.set_state((kind, keys.numpy(), *rest))
+    if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)

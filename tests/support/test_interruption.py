@@ -217,7 +217,7 @@ def test_state_holds_all_that_goes_on(tmp_path, monkeypatch):
 def test_wandb_continues_the_same_run(tmp_path, monkeypatch):
     asked = []
 
-    def start(config, settings, run_id=None):
+    def start(config, run_id=None):
         asked.append(run_id)
         return "id-of-the-first"
 
