@@ -85,14 +85,9 @@ class _Unbreakable:
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError):
-            self._stream.flush()
-
-    def release(self) -> None:
-        """Let what still stands in the buffer go nowhere if it cannot be written, now or when Python ends."""
         try:
             self._stream.flush()
-        except OSError:
+        except OSError:  # what stands in its buffer goes nowhere then, also when Python ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str):
@@ -110,4 +105,4 @@ def _unbreakable_output():
     finally:
         sys.stdout, sys.stderr = former
         for stream in streams:
-            stream.release()
+            stream.flush()

@@ -62,17 +62,14 @@ def check_memory(config: ModelConfig, n_vocab: int, device: torch.device) -> Non
     )
 
 
-def memory_advice(config: TrainingConfig) -> str:
+def memory_advice(c: TrainingConfig) -> str:
     """The numbers that make up the memory, and the smallest change that keeps the mathematics."""
-    c, m = config, config.model_config
-    numbers = (
-        f"batch_size {c.batch_size} × seq_len {c.seq_len} × n_embd {m.n_embd} × n_layer {m.n_layer} "
-        "is more than fits"
-    )
+    m = c.model_config
+    numbers = f"batch_size {c.batch_size} × seq_len {c.seq_len} × n_embd {m.n_embd} × n_layer {m.n_layer}"
     if c.batch_size == 1:
-        return f"{numbers}; batch_size is 1 already, so make seq_len, n_embd or n_layer smaller"
+        return f"{numbers} is more than fits; make one of the others smaller"
     factor = next(k for k in range(2, c.batch_size + 1) if c.batch_size % k == 0)
     return (
-        f"{numbers}; give --set batch_size={c.batch_size // factor} "
+        f"{numbers} is more than fits; give --set batch_size={c.batch_size // factor} "
         f"grad_accumulation_steps={c.grad_accumulation_steps * factor}, which keeps the mathematics"
     )

@@ -167,10 +167,10 @@ class Run:
         """Continue where an interrupted run stood; return the id of its W&B run."""
         if fresh:
             self.state_path.unlink(missing_ok=True)
-        self._data = fingerprint(self.corpus)
+        self.data = fingerprint(self.corpus)
         if not self.state_path.exists():
             return None
-        progress = load_state(self.state_path, self.model, self.optimizer, self.config, self._data, self.world)
+        progress = load_state(self)
         self.start_step = self._next_step = progress["step"]
         self.seconds = self._seconds_before = progress["seconds"]
         self.recent_losses.extend(progress["losses"])
@@ -278,7 +278,7 @@ class Run:
         try:
             if self.leads:
                 self._metrics.sync()  # first: a state promises the rows of all steps before it
-                save_state(self.state_path, self.model, self.optimizer, self.config, self._data, random, progress)
+                save_state(self, random, progress)
             self._saved(next_step)
         except (OSError, MemoryError) as error:
             reason = getattr(error, "strerror", None) or "out of memory"

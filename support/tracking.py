@@ -1,6 +1,7 @@
 """Weights & Biases, for those who use it: never a prompt, an account or a long wait for those who do not."""
 
 import dataclasses
+import netrc
 import os
 import threading
 import warnings
@@ -8,8 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-
-from requests.utils import get_netrc_auth
+from urllib.parse import urlparse
 
 from support.config import TrainingConfig
 
@@ -22,11 +22,9 @@ def start_tracking(config: TrainingConfig, run_id: str | None = None) -> str | N
     run_id continues an earlier run. Whatever fails is one warning: the local metrics are complete.
     """
     mode = os.environ.get("WANDB_MODE")
-    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    logged_in = os.environ.get("WANDB_API_KEY") or get_netrc_auth(server)  # as `wandb login` leaves it
-    if mode == "online" and not logged_in:
-        warnings.warn("W&B has no login (wandb login); metrics.csv has everything", stacklevel=2)
-    if mode == "disabled" or (mode != "offline" and not logged_in):  # wandb would prompt for a key
+    if mode == "disabled" or (mode != "offline" and not _logged_in()):  # wandb would prompt for a key
+        if mode == "online":
+            warnings.warn("W&B has no login (wandb login); metrics.csv has everything", stacklevel=2)
         return run_id
     import wandb
 
@@ -41,6 +39,14 @@ def start_tracking(config: TrainingConfig, run_id: str | None = None) -> str | N
         )
 
     return wandb.run.id if _succeeds(start, 1.5 * PATIENCE, "did not start") else run_id
+
+
+def _logged_in() -> bool:
+    """Whether `wandb login` was done on this machine; asks no network."""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    with suppress(OSError, netrc.NetrcParseError):
+        return "WANDB_API_KEY" in os.environ or host in netrc.netrc().hosts
+    return False
 
 
 def finish_tracking(summary: dict | None) -> None:

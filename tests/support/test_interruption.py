@@ -236,7 +236,7 @@ def test_wandb_continues_the_same_run(tmp_path, monkeypatch):
 )
 def test_checkpoint_interval(tmp_path, monkeypatch, interval, saved):
     steps = []
-    monkeypatch.setattr(run, "save_state", lambda *args: steps.append(args[-1]["step"]))
+    monkeypatch.setattr(run, "save_state", lambda run, random, progress: steps.append(progress["step"]))
     assert TinyRun(tmp_path, checkpoint_interval=interval).main() == 0
     assert steps == saved
 
