@@ -11,11 +11,12 @@ import re
 import reprlib
 import typing
 from dataclasses import MISSING, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
 
-from support.errors import UserError, check, did_you_mean
+from support.errors import UserError, check
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def _build(cls, values: dict, path: str, prefix: str = ""):
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in values:
-        check(key in fields, f"{path}: unknown key '{prefix}{key}'; {did_you_mean(key, list(fields))}")
+        nearest = get_close_matches(str(key), fields, n=1, cutoff=0)[0]
+        check(key in fields, f"{path}: unknown key '{prefix}{key}'; did you mean '{nearest}'?")
     for name, field in fields.items():
         there = name in values or field.default is not MISSING
         check(there, f"{path}: the key '{prefix}{name}' is missing; add it")

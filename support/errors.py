@@ -3,7 +3,6 @@
 import os
 import sys
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 
 
 class UserError(Exception):
@@ -63,12 +62,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """The beginning of an error's text, on one line."""
     return " ".join(str(error)[:1000].split())[:120] or type(error).__name__
-
-
-def did_you_mean(name, known) -> str:
-    """The nearest known name as a hint for an error message, or the whole list when none is near."""
-    near = get_close_matches(str(name), known, n=1)
-    return f"did you mean '{near[0]}'?" if near else f"known are: {', '.join(known)}"
 
 
 class _Unbreakable:

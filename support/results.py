@@ -85,18 +85,14 @@ def _meaning(run, val_loss: float) -> str:
     """Where the loss stands between the two guesses, and what was to be expected."""
     if not math.isfinite(val_loss):
         return "The loss is not finite: the run diverged; lower max_lr or lengthen the warm-up."
-    if val_loss >= run.ln_vocab:
-        text = f"No better than a uniform guess ({run.ln_vocab:.2f}): nothing was learned."
-    elif val_loss >= run.unigram:
-        text = (
-            f"Better than a uniform guess ({run.ln_vocab:.2f}), not yet than word frequencies alone "
-            f"({run.unigram:.2f}): train longer or with a higher max_lr."
-        )
+    below_uniform, below_unigrams = run.ln_vocab - val_loss, run.unigram - val_loss
+    text = f"{below_uniform:.2f} below a uniform guess"
+    if below_uniform <= 0:
+        text = "No better than a uniform guess: nothing was learned."
+    elif below_unigrams <= 0:
+        text += ", not yet below word frequencies alone: train longer or with a higher max_lr."
     else:
-        text = (
-            f"{run.ln_vocab - val_loss:.2f} below a uniform guess and {run.unigram - val_loss:.2f} below "
-            "word frequencies alone: the model uses the words before."
-        )
+        text += f" and {below_unigrams:.2f} below word frequencies alone: the model uses the words before."
     name = run.folder.name
     if name in EXPECTED_VAL_LOSS and run.corpus.name.startswith("bundled"):
         shipped = load_config(str(ROOT / "configs" / f"{name}.yaml"))

@@ -145,8 +145,6 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             # The system releases the lock with its owner, however that ends.
             stack.enter_context(FileLock(self.folder / ".lock", timeout=0))
-            (self.folder / ".writable").touch()
-            (self.folder / ".writable").unlink()
         except Timeout:
             raise UserError(f"{name}: another process trains in it; wait for it or choose another") from None
         except OSError as error:

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlparse
 
+import wandb
+
 from support.config import TrainingConfig
 
 PATIENCE = 10  # seconds that a run waits for W&B to start or to end
@@ -26,7 +28,6 @@ def start_tracking(config: TrainingConfig, run_id: str | None = None) -> str | N
         if mode == "online":
             warnings.warn("W&B has no login (wandb login); metrics.csv has everything", stacklevel=2)
         return run_id
-    import wandb
 
     def start() -> None:
         wandb.init(
@@ -51,7 +52,6 @@ def _logged_in() -> bool:
 
 def finish_tracking(summary: dict | None) -> None:
     """Send the results and end the W&B run, if there is one; without results it is marked as failed."""
-    import wandb
 
     def finish() -> None:
         wandb.run.summary.update(summary or {})
@@ -63,8 +63,6 @@ def finish_tracking(summary: dict | None) -> None:
 
 def _succeeds(action: Callable[[], None], seconds: float, failure: str) -> bool:
     """Let the action run for so long at most. If it fails, warn and part from W&B."""
-    import wandb
-
     try:
         _within(seconds, action)
         return True
