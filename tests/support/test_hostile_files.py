@@ -486,7 +486,7 @@ BILLION = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" f
         "max_lr: !!binary '*'\n",
         "? [a, b]\n: 5\n",
         "max_lr: &loop [*loop]\n",
-        "max_lr: " + "[" * 5000 + "\n",
+        "max_lr: " + "[" * 1500 + "\n",
         "max_lr: " + "9" * 5000 + "\n",
         BILLION,
         BILLION.replace("a59:", "max_lr:"),

@@ -10,19 +10,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_run import TinyRun, at_batches, processes, wait_until
+from tiny_run import TinyRun, at_batches, leave_out_what_is_slow, processes, wait_until
 
 import train
-from support import hardware, results, run
+from support import run
 from support.checkpoint import packed
 from support.files import write_together
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Leave out what takes long and has no part in any fault: the speed measurement and the picture."""
-    monkeypatch.setattr(hardware, "matrix_product_rate", lambda hardware: 1e12)
-    monkeypatch.setattr(results, "plot_curve", lambda *args: None)
+    leave_out_what_is_slow(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +35,7 @@ def interruptible():
 def uninterrupted(tmp_path_factory):
     tiny = TinyRun(tmp_path_factory.mktemp("reference"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "plot_curve", lambda *args: None)
+        leave_out_what_is_slow(patch)
         assert tiny.main() == 0
     return tiny.results()
 
