@@ -56,9 +56,8 @@ def check_memory(config: ModelConfig, n_vocab: int, device: torch.device) -> Non
         there = torch.cuda.get_device_properties(device).total_memory
     check(
         needed < there,
-        f"model_config: n_embd = {config.n_embd}, n_layer = {config.n_layer} and n_positions = "
-        f"{config.n_positions} make {n_parameters:.3g} parameters; training takes {needed / 1e9:.3g} GB for "
-        f"them, but {device} has {there / 1e9:.3g} GB; make the model smaller",
+        f"model_config = {vars(config)} makes {n_parameters:.3g} parameters; training takes {needed / 1e9:.3g} GB "
+        f"for them, but {device} has {there / 1e9:.3g} GB; make the model smaller",
     )
 
 

@@ -56,11 +56,9 @@ def plot_classification(
     for label, name, colour in ((0, "bad", BAD), (1, "good", GOOD)):
         n = int((labels == label).sum())
         axes.hist(p[labels == label], bins, color=colour, alpha=0.55, label=f"truly {name} ({n} texts)")
-    left, right = axes.get_xlim()
     for (name, boundary), line in zip(boundaries.items(), (":", "--"), strict=True):
-        side = "" if left <= boundary <= right else ", left of here" if boundary < left else ", right of here"
-        axes.axvline(boundary, color=INK, linestyle=line, label=f"boundary {name} = {boundary:.3f}{side}")
-    axes.set(xlim=(left, right), xlabel='p(positive): share of " good" against " bad" as the next token')
-    axes.set(ylim=(0, 1.35 * axes.get_ylim()[1]), ylabel="texts", title=title)  # with room for the legend
+        axes.axvline(boundary, color=INK, linestyle=line, label=f"boundary {name} = {boundary:.3f}")
+    axes.set(xlabel='p(positive): share of " good" against " bad" as the next token', ylabel="texts", title=title)
+    axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # room for the legend
     axes.legend(frameon=False, loc="upper left")
     _save(figure, path)
