@@ -187,8 +187,6 @@ class Run:
         except (SystemExit, KeyboardInterrupt):
             print(f"\nStopped. {self._kept}.", flush=True)
             raise
-        except UserError:
-            raise
         except Exception as error:
             c = self.config
             told = explained(error, f" at step {self._next_step}: {memory_advice(c)}")

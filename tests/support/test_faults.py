@@ -357,9 +357,8 @@ def test_closed_stdout_and_unwritable_home(tmp_path):
     tiny = TinyRun(tmp_path, num_training_steps=20)
     nowhere = dict.fromkeys(("HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"), "/proc/nowhere")
     reader, writer = os.pipe()
-    process = subprocess.Popen(
-        tiny.command(), stdout=writer, stderr=subprocess.PIPE, text=True, env={**os.environ, **nowhere}
-    )
+    environment = {**os.environ, **nowhere, "PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen(tiny.command(), stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(writer)
     assert os.read(reader, 1)
     os.close(reader)
@@ -382,19 +381,21 @@ with exit_on_user_error():
 
 
 @pytest.mark.parametrize(
-    ("output", "encoding", "shown"),
+    ("output", "unbuffered", "encoding", "shown"),
     [
-        (">&- 2>&-", "utf-8", b""),
-        ("> /dev/full 2>&1", "utf-8", b""),
-        ("", "ascii", b"? a note"),
-        ("", "utf-8", "─ a note".encode()),
+        (">&- 2>&-", "", "utf-8", b""),
+        ("> /dev/full 2>&1", "", "utf-8", b""),
+        ("> /dev/full 2>&1", "1", "utf-8", b""),
+        ("", "", "ascii", b"? a note"),
+        ("", "", "utf-8", "─ a note".encode()),
     ],
-    ids=["closed", "full", "without the character", "good"],
+    ids=["closed", "full", "full, unbuffered", "without the character", "good"],
 )
-def test_standard_output(tmp_path, output, encoding, shown):
+def test_standard_output(tmp_path, output, unbuffered, encoding, shown):
     if "full" in output and not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
-    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": os.path.dirname(train.__file__)}
+    environment = {"PYTHONIOENCODING": encoding, "PYTHONPATH": os.path.dirname(train.__file__)}
+    environment = {**os.environ, **environment, "PYTHONUNBUFFERED": unbuffered}
     (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
     shell = ["sh", "-c", f"exec '{sys.executable}' program.py {output}"]
     process = subprocess.run(shell, capture_output=True, cwd=tmp_path, env=environment)

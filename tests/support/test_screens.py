@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_run import TinyRun, leave_out_what_is_slow
+from tiny_run import TinyRun, at_batches, leave_out_what_is_slow
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from support import checkpoint, hardware, results, state
@@ -175,6 +175,15 @@ def test_ctrl_c_and_errors_of_the_program():
     assert stop.value.code == 130
     with pytest.raises(ZeroDivisionError), exit_on_user_error():
         1 / 0  # noqa: B018 (a mistake in the program needs its traceback)
+
+
+def test_mistake_in_a_students_code_keeps_its_traceback(tmp_path, monkeypatch):
+    leave_out_what_is_slow(monkeypatch)
+    tiny = TinyRun(tmp_path)
+    at_batches(monkeypatch, {4: lambda: 1 / 0})
+    with pytest.raises(ZeroDivisionError):
+        tiny.main()
+    assert tiny.rows() == 3, "the rows of the steps done stay"
 
 
 def test_file_that_vanishes_is_one_sentence(capsys):
