@@ -86,7 +86,7 @@ def load_config(path: str, overrides: typing.Sequence[str] = (), data: str | Non
     for override in overrides:
         key, equals, text = override.partition("=")
         check(bool(equals), f"--set {override}: write it as key=value, such as --set max_lr=1e-3")
-        section, dot, name = key.rpartition(".")
+        section, dot, name = key.strip().rpartition(".")
         target = values.get(section) if dot else values
         check(isinstance(target, dict), f"--set {override}: there is no section '{section}'; see {path}")
         target[name] = _parse(text, f"--set {override}")

@@ -37,7 +37,7 @@ def write_results(run, result: dict[str, float], n_predictions: int) -> dict[str
         "flops": run.flops,
         "device": run.hardware.name,
         "dtype": str(run.hardware.dtype),
-        "allocator": os.environ.get("LD_PRELOAD", "system default"),  # it decides much of the speed on a CPU
+        "allocator": os.environ.get("LD_PRELOAD") or "system default",  # it decides much of the speed on a CPU
         "torch": torch.__version__,
     }
     evaluation = {**result, "tokens-predicted": n_predictions, "seq_len": c.seq_len}
