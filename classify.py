@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from support.checkpoint import load_trained_model
     from support.errors import check, exit_on_user_error
-    from support.files import write_json
+    from support.files import json_text, write_atomically
     from support.metrics import area_under_roc
     from support.plots import plot_classification
     from support.reviews import load_reviews
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
             "true-label": reviews.labels,
             "p-positive": p.tolist(),
         }
-        write_json(trained.folder / "classification.json", results)
+        write_atomically(trained.folder / "classification.json", json_text(results))
         figure = trained.folder / "classification.png"
         plot_classification(p.numpy(), labels.numpy(), boundaries, f"{trained.path}, {reviews.name}", figure)
         print(f"{len(labels)} reviews in {seconds:.1f} s, written to {trained.folder}/classification.json, .png")
