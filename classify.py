@@ -84,9 +84,7 @@ def classify_binary_sentiment(
     return (p > decision_boundary(p, calibrate)).int().tolist()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Command
-# ---------------------------------------------------------------------------------------------------
+# --- Command ---
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -30,11 +30,6 @@ from model import DecoderLM
 RUNNING_MEAN_STEPS = 20  # steps averaged in the reported train-loss
 
 
-# ---------------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------------
-
-
 def random_batch_sampler(
     tokens: torch.Tensor | np.ndarray, device: torch.device | str, batch_size: int, seq_len: int
 ) -> Iterator[torch.Tensor]:
@@ -44,7 +39,7 @@ def random_batch_sampler(
     generator. The corpus may be memory-mapped and of any integer type: only the rows drawn are read
     and widened. Raises ValueError when it is shorter than one row.
     """
-    tokens = _as_array(tokens)
+    tokens = tokens.cpu().numpy() if isinstance(tokens, torch.Tensor) else tokens
     n_starts = len(tokens) - seq_len + 1
     if n_starts < 1:
         raise ValueError(f"a corpus of {len(tokens)} tokens has no row of seq_len = {seq_len}")
@@ -55,19 +50,14 @@ def random_batch_sampler(
 
 
 def sequential_batch_sampler(
-    tokens: torch.Tensor | np.ndarray,
-    device: torch.device | str,
-    batch_size: int,
-    seq_len: int,
-    *,
-    drop_last: bool = True,
+    tokens: torch.Tensor | np.ndarray, device: torch.device | str, batch_size: int, seq_len: int, *, drop_last=True
 ) -> Iterator[torch.Tensor]:
     """Yield (B, S) int64 batches that pass once through the corpus, in its order.
 
     An incomplete last batch is dropped, or, with drop_last=False, yielded with fewer rows. Tokens after
     the last full row are never used.
     """
-    tokens = _as_array(tokens)
+    tokens = tokens.cpu().numpy() if isinstance(tokens, torch.Tensor) else tokens
     n_rows = len(tokens) // seq_len
     if drop_last:
         n_rows -= n_rows % batch_size
@@ -75,16 +65,6 @@ def sequential_batch_sampler(
         rows = min(batch_size, n_rows - row)
         batch = tokens[row * seq_len : (row + rows) * seq_len].reshape(rows, seq_len)
         yield torch.from_numpy(batch.astype(np.int64)).to(device)
-
-
-def _as_array(tokens: torch.Tensor | np.ndarray) -> np.ndarray:
-    """The same tokens as an array: numpy can index every integer type and memory-mapped files."""
-    return tokens.cpu().numpy() if isinstance(tokens, torch.Tensor) else tokens
-
-
-# ---------------------------------------------------------------------------------------------------
-# Learning rate
-# ---------------------------------------------------------------------------------------------------
 
 
 def cosine_lr_schedule(
@@ -114,11 +94,6 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every parameter group this learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-# ---------------------------------------------------------------------------------------------------
-# Loss
-# ---------------------------------------------------------------------------------------------------
 
 
 def compute_language_modeling_loss(input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -161,7 +136,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradients(hidden, weight, labels, rows, need_grad):
+    """The mean loss, and its gradients by hidden and weight if these are needed."""
     n, n_vocab = len(hidden), len(weight)
+    pieces = n_vocab // 2048  # in which one product sums over V: where R and D are small, a long sum is slow
+    weight_pieces, weight_rest = weight[: pieces * 2048].unflatten(0, (pieces, 2048)), weight[pieces * 2048 :]
     hidden_grad = torch.empty_like(hidden) if need_grad else None
     weight_grad = torch.zeros_like(weight) if need_grad else None
     buffer = hidden.new_empty(n_vocab * min(rows, n))
@@ -185,16 +163,11 @@ def _loss_and_gradients(hidden, weight, labels, rows, need_grad):
         if need_grad:
             p.scatter_add_(0, label[None], -total)
             scale = 1 / (total.T * n)  # (R, 1): divides by the sum, and takes the mean
-            hidden_grad[start : start + rows] = _product_over_vocabulary(p, weight) * scale
+            p_pieces, p_rest = p[: pieces * 2048].unflatten(0, (pieces, 2048)), p[pieces * 2048 :]
+            product = torch.bmm(p_pieces.mT, weight_pieces).sum(dim=0).addmm_(p_rest.T, weight_rest)
+            hidden_grad[start : start + rows] = product * scale
             weight_grad.addmm_(p, h * scale)
     return (nats / n).to(hidden.dtype), hidden_grad, weight_grad
-
-
-def _product_over_vocabulary(p, weight, piece=2048):
-    """p.T @ weight: (V, R), (V, D) -> (R, D). In pieces, as one sum over V is slow where R and D are small."""
-    n = len(p) // piece
-    p_pieces, weight_pieces = (x[: n * piece].view(n, piece, x.shape[1]) for x in (p, weight))
-    return torch.bmm(p_pieces.mT, weight_pieces).sum(dim=0).addmm_(p[n * piece :].T, weight[n * piece :])
 
 
 class LanguageModelingLoss(nn.Module):
@@ -233,16 +206,6 @@ def _loss_module(model: nn.Module) -> nn.Module:
     return model if is_loss else LanguageModelingLoss(model)
 
 
-def _sum_over_ranks(model: nn.Module, *values: float) -> tuple[float, ...]:
-    """The sums over all processes that train together; of one process the values themselves."""
-    return model.sum_over_ranks(*values) if hasattr(model, "sum_over_ranks") else values
-
-
-# ---------------------------------------------------------------------------------------------------
-# Training and evaluation
-# ---------------------------------------------------------------------------------------------------
-
-
 class StepResult(NamedTuple):
     """What happened in one training step, as `train` tells it to `on_step`."""
 
@@ -277,6 +240,7 @@ def train(
     loss_of = _loss_module(model)
     loss_of.train()
     no_sync = getattr(loss_of, "no_sync", nullcontext)  # distributed: leaves the gradients unaveraged
+    sum_over_ranks = getattr(model, "sum_over_ranks", lambda *values: values)
     batches = iter(batch_sampler)
     recent_losses = getattr(on_step, "recent_losses", deque(maxlen=RUNNING_MEAN_STEPS))
     log_to_wandb = wandb.run is not None
@@ -296,7 +260,7 @@ def train(
                 (loss / grad_accumulation_steps).backward()
             losses.append(loss.detach())
 
-        sum_of_losses, n_ranks = _sum_over_ranks(model, torch.stack(losses).mean().item(), 1)
+        sum_of_losses, n_ranks = sum_over_ranks(torch.stack(losses).mean().item(), 1)
         step_loss = sum_of_losses / n_ranks
         if not math.isfinite(step_loss):
             raise FloatingPointError(f"the loss is {step_loss} at step {step} (learning rate {learning_rate:.3g})")
@@ -337,7 +301,8 @@ def evaluate(
                 n_predictions += B * (S - 1)
     finally:
         model.train(was_training)
-    total_loss, n_predictions = _sum_over_ranks(model, total_loss, n_predictions)
+    sum_over_ranks = getattr(model, "sum_over_ranks", lambda *values: values)
+    total_loss, n_predictions = sum_over_ranks(total_loss, n_predictions)
     if n_predictions == 0:
         raise ValueError("no batch to evaluate: the corpus is shorter than one batch")
     val_loss = total_loss / n_predictions
@@ -350,11 +315,6 @@ def training_flops(
     """FLOPs of a whole training run: those per token times the tokens trained on."""
     n_tokens = num_training_steps * grad_accumulation_steps * batch_size * seq_len
     return model.flops_per_token * n_tokens
-
-
-# ---------------------------------------------------------------------------------------------------
-# Command
-# ---------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -375,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
     from support.distribution import join_world
     from support.errors import exit_on_user_error
     from support.faults import check_memory
-    from support.hardware import choose_hardware
+    from support.hardware import choose_hardware, compile_forward
     from support.run import Run
     from support.screen import show_evaluation
     from support.tokenizer import get_tokenizer
@@ -392,53 +352,41 @@ def main(argv: list[str] | None = None) -> None:
         check_memory(config.model_config, tokenizer.n_vocab, device)
         torch.manual_seed(config.seed)
         model = DecoderLM(tokenizer.n_vocab, **vars(config.model_config)).to(device)
-        wrapped = world.distribute(LanguageModelingLoss(model), config.seed)
+        loss = LanguageModelingLoss(model)
+        if config.compile:
+            compile_forward(loss, device)
+        loss = world.distribute(loss, config.seed)
 
         def validation_loss() -> tuple[dict[str, float], int]:
             rows = len(corpus.val) // config.seq_len
             tokens = world.share(corpus.val, config.seq_len)
             batches = sequential_batch_sampler(tokens, device, config.batch_size, config.seq_len, drop_last=False)
-            return evaluate(wrapped, batches, autocast), rows * (config.seq_len - 1)
+            return evaluate(loss, batches, autocast), rows * (config.seq_len - 1)
 
         if args.evaluate:
             load_weights(model, args.evaluate, config.model_config)
             show_evaluation(args.evaluate, corpus.name, *validation_loss(), config.seq_len)
             return
 
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.max_lr,
-            betas=(0.9, 0.95),
-            weight_decay=config.weight_decay,
-            fused=hardware.fused,
-        )
-        lr_schedule = cosine_lr_schedule(
-            config.num_warmup_steps, config.num_training_steps, config.min_lr, config.max_lr
-        )
+        options = {"betas": (0.9, 0.95), "weight_decay": config.weight_decay, "fused": hardware.fused}
+        optimizer = torch.optim.AdamW(model.parameters(), config.max_lr, **options)
+        rates = (config.min_lr, config.max_lr)
+        lr_schedule = cosine_lr_schedule(config.num_warmup_steps, config.num_training_steps, *rates)
         batches = random_batch_sampler(corpus.train, device, config.batch_size, config.seq_len)
-        work = (config.num_training_steps, config.grad_accumulation_steps)
-        flops = training_flops(model, *work, config.batch_size * world.size, config.seq_len)
+        n_steps, n_micro = config.num_training_steps, config.grad_accumulation_steps
+        flops = training_flops(model, n_steps, n_micro, config.batch_size * world.size, config.seq_len)
         run = Run(config, hardware, corpus, model, optimizer, flops, world)
         run.show_header(f"train {args.config}")
         if args.dry_run:
             with run.stopwatch() as on_step:
-                train(wrapped, batches, optimizer, lr_schedule, autocast, 6, work[1], on_step=on_step)
+                train(loss, batches, optimizer, lr_schedule, autocast, 6, n_micro, on_step=on_step)
             return
 
         with run.open(args.fresh):
-            train(
-                wrapped,
-                batches,
-                optimizer,
-                lr_schedule,
-                autocast,
-                *work,
-                start_step=run.start_step,
-                on_step=run,
-            )
-            prompt = "The city"
-            text = generate(model, device, tokenizer, [prompt], 1, temperature=0.7)[0]
-            run.finish(*validation_loss(), sample=(prompt, text))
+            steps = {"start_step": run.start_step, "on_step": run}
+            train(loss, batches, optimizer, lr_schedule, autocast, n_steps, n_micro, **steps)
+            text = generate(model, device, tokenizer, ["The city"], 1, temperature=0.7)[0]
+            run.finish(*validation_loss(), sample=("The city", text))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ class TrainingConfig:
     seed: int = 0
     weight_decay: float = 0.01  # AdamW's default
     grad_clip: float | None = None  # largest gradient norm; None: off
+    compile: bool = False  # the loss of the model, by torch.compile
     checkpoint_interval: int | str | None = None  # steps (500) or seconds (60s); None: by what writing costs
 
     def flat(self) -> dict:
@@ -145,6 +146,9 @@ def _convert(value, hint, path: str, key: str):
     if ModelConfig in kinds:
         check(isinstance(value, dict), f"{where} must be a mapping of its own keys")
         return _build(ModelConfig, value, path, f"{key}.")
+    if bool in kinds:
+        check(isinstance(value, bool), f"{where} must be true or false")
+        return value
     if str in kinds and isinstance(value, str) and value:
         return value
     check(kinds[0] is not str, f"{where} must be a text")
