@@ -84,7 +84,8 @@ def hub_records(name: str, config: str | None) -> Iterator[dict]:
         raise
     except Exception as error:  # the clients raise dozens of kinds; the message tells them apart
         why = error if isinstance(error, Unavailable) else reason(error)
-        raise UserError(f"hf:{name}: cannot be read ({why}) after {n_read:,} documents; try again") from None
+        read = f" beyond document {n_read:,}" if n_read else ""
+        raise UserError(f"hf:{name}: cannot be read{read} ({why}); mend that and try again") from None
 
 
 def documents(arguments: argparse.Namespace, titles: list[str]) -> Iterator[tuple[str, bool]]:
@@ -197,8 +198,8 @@ def prepare(arguments: argparse.Namespace) -> None:
         write_tokens(out, spool, runs)
     if out.is_dir():
         read_tokens(out, get_tokenizer().n_vocab)  # checks it once, so that training starts at once
-    n_train, n_val = (sum(end - start for start, end in runs[split]) for split in ("train", "val"))
-    print(f"{out}: {n_train:,} train and {n_val:,} val tokens")
+    n_tokens = {split: (runs[split][:, 1] - runs[split][:, 0]).sum() for split in runs}
+    print(f"{out}: {n_tokens['train']:,} train and {n_tokens['val']:,} val tokens")
 
 
 def choose(arguments: argparse.Namespace, spool: BinaryIO) -> dict[str, np.ndarray]:
@@ -223,9 +224,8 @@ def choose(arguments: argparse.Namespace, spool: BinaryIO) -> dict[str, np.ndarr
     drawn = draw(lengths, {"val": n_val, "train": n_train}, order)
     if len(titles) == len(lengths):
         lines = [f"{split}\t{title}\n" for split in drawn for title in sorted(titles[i] for i in drawn[split])]
-        write_atomically(
-            arguments.out.with_name(f"{arguments.out.stem}_titles.txt"), TITLES_HEADER + "".join(lines)
-        )
+        file = arguments.out.with_name(f"{arguments.out.stem}_titles.txt")
+        write_atomically(file, TITLES_HEADER + "".join(lines))
     ends = np.cumsum(lengths)
     runs = np.stack([ends - lengths, ends], axis=1)
     return {split: runs[np.array(drawn[split])] for split in drawn}
