@@ -35,12 +35,17 @@ def writable(path: Path) -> Path:
     return cache / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16] / path.name
 
 
-def ask(question: Callable, *args, **options):
-    """`question(*args, **options)` of the hub's client; Unavailable when that fails or takes too long."""
+def check_allowed() -> None:
+    """Raise Unavailable where the person forbids to ask the hub."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         raise Unavailable("HF_HUB_OFFLINE is set")
+
+
+def ask(question: Callable, *args, **options):
+    """`question(*args, **options)` of the hub's client; Unavailable when that fails or takes too long."""
+    check_allowed()
     outcome = {}
 
     def answer():
@@ -71,8 +76,9 @@ def fetched(repo: str, filename: str, name: str) -> Path:
     """
     target = writable(DATA / name)
     if not target.exists():
-        print(f"{name} is not in data/: asking the Hugging Face Hub for it.", flush=True)
         try:
+            check_allowed()
+            print(f"{name} is not in data/: asking the Hugging Face Hub for it.", flush=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(target.with_name(f".{name}.lock")):  # the system releases it with its owner
                 if not target.exists():  # else another process has fetched it meanwhile
