@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", nargs="?", help="model.pt to use (default: the newest in outputs/)")
     parser.add_argument("--config", help="training YAML of the model; it is then <output_dir>/model.pt")
     parser.add_argument("--calibrate", action="store_true", help="write the calibrated predictions")
-    parser.add_argument("--data", help="csv or jsonl with text and label (default: Yelp polarity, test split)")
+    parser.add_argument("--data", help="csv or jsonl with text and label, 'yelp' (the default) or 'sample'")
     parser.add_argument("--limit", type=int, default=1000, metavar="N", help="reviews to take (default: 1000)")
     parser.add_argument("--batch_size", type=int, default=64, metavar="B", help="reviews at once (default: 64)")
     args = parser.parse_args(argv)

@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train, evaluate and save the model of a configuration; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Train the language model from a YAML file.")
     parser.add_argument("config", help="YAML file, such as configs/GPT-tiny.yaml")
-    parser.add_argument("--data", help="token file, text, jsonl, or 'sample' (overrides the key data)")
+    parser.add_argument("--data", help="tokens, a text or jsonl, 'c4' or 'sample' (overrides the key data)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the YAML")
     parser.add_argument("--fresh", action="store_true", help="start over instead of continuing")
     parser.add_argument("--dry-run", action="store_true", help="say what it would take, train nothing")

@@ -51,7 +51,7 @@ class TrainingConfig:
     grad_accumulation_steps: int
     min_lr: float
     max_lr: float
-    data: str | None = None  # token file, text, jsonl or 'sample'; None: data/tokens.npz, else the sample
+    data: str | None = None  # a path, 'sample' or 'c4' (the course's tokens); None: c4, else the sample
     seed: int = 0
     weight_decay: float = 0.01  # AdamW's default
     grad_clip: float | None = None  # largest gradient norm; None: off
