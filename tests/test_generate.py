@@ -263,8 +263,8 @@ class TestGenerate:
                 texts = generate_texts(prefixes, batch_size=2)
             except RuntimeError as error:
                 raise AssertionError(
-                    f"prefixes {prefixes}: expected texts, got {type(error).__name__}: an empty prefix has no token: "
-                    "let it start from <|endoftext|>"
+                    f"prefixes {prefixes}: expected texts, got {type(error).__name__}: an empty prefix has no "
+                    "token, let it start from <|endoftext|>"
                 ) from error
             for prefix, text in zip(prefixes, texts, strict=True):
                 check_greedy(
