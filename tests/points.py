@@ -33,7 +33,7 @@ GROUPS = {
 PERPLEXITY_POINTS = 20  # question 2.6, graded on a test set that students do not have
 # The files in the order of the questions: what is wrong in the model comes before what fails because of it.
 FILES = ["test_env.py", *dict.fromkeys(file for _, file in GROUPS.values())]
-CPU_SECONDS_PER_TEST = 60  # of a graded test; the slowest takes about one. A loop without end must not hang all
+CPU_SECONDS_PER_TEST = 30  # of a graded test; the slowest takes about one. A loop without end must not hang all
 
 
 def check_close(actual, expected, what: str, mistakes: dict | None = None, hint: str = "", atol: float = 1e-5):
@@ -62,9 +62,10 @@ def check_close(actual, expected, what: str, mistakes: dict | None = None, hint:
             )
         return
     looks_like = [name for name in wrong if name not in same and _close(actual, wrong[name], atol)]
-    guess = f"; looks like: {' or '.join(looks_like)}" if looks_like else (f"; {hint}" if hint else "")
+    guess = f"; looks like: {' or '.join(looks_like)}" if looks_like else ""
     if actual.shape != expected.shape:
         raise AssertionError(f"{what}: expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}{guess}")
+    guess = guess or (f"; {hint}" if hint else "")
     difference = (actual - expected).abs()
     difference[actual == expected] = 0.0  # equal infinities
     difference[difference.isnan()] = torch.inf
@@ -185,6 +186,9 @@ class Tally:
 
     def notes(self, rows) -> list[str]:
         notes = []
+        lost = [row["question"] for row in rows if row["points"] == 0]
+        if "1.3" in lost and lost[-1] != "1.3":
+            notes.append("what is wrong in the model (1.3) may fail the tests of what uses it, too: mend it first")
         if left_out := len(GROUPS) - len(rows):
             notes.append(f"partial run: {left_out} of the {len(GROUPS)} groups of points were not run")
         if (

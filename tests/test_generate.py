@@ -282,7 +282,10 @@ class TestGenerate:
             )
             check_greedy(lm, prefix, text, hint="a row ends at its own <|endoftext|>, and no row at another's")
         lengths = {len(text) for text in texts}
-        assert len(lengths) > 3 and MAX_NEW in lengths, f"this test needs rows of several lengths, got {lengths}"
+        assert len(lengths) > 3 and MAX_NEW in lengths, (
+            f"rows that end early and late: expected texts of several lengths, got {lengths}: a longer embedding "
+            "of <|endoftext|> must give it a larger logit: is the output matrix tied (question 1.3)?"
+        )
         with_constant_logits(lm, {EOT: 5.0, ord("a"): 0.0})
         texts = generate_texts(prefixes, batch_size=6)
         assert set(texts) == {""}, f"<|endoftext|> first: expected empty texts, got {sorted(set(texts))}"

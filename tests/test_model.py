@@ -150,8 +150,12 @@ class TestSelfAttention:
                 1, torch.tensor([0]), 0.0
             ),
         }
+        got = mha.self_attention(q, kT, torch.ones_like(v))
+        assert got is None or got.shape == (B, S, D), (
+            f"self_attention: expected shape {(B, S, D)}, got {tuple(got.shape)}: are the heads merged at the end?"
+        )
         check_close(
-            mha.self_attention(q, kT, torch.ones_like(v)),
+            got,
             torch.ones(B, S, D),
             "attention over values that are all 1",
             wrong,

@@ -463,7 +463,7 @@ class TestTrain:
     @pytest.mark.parametrize("accumulation", [1, 2])
     def test_what_is_logged(self, lm, wandb_log, accumulation):
         # Learning rates too small to move a float32 weight: the losses of all batches are known beforehand.
-        n_steps, rates = 23, [1e-12 * (t + 1) for t in range(24)]
+        n_steps = 23
         with torch.no_grad():
             batches = itertools.islice(random_batches(), n_steps * accumulation)
             losses = [train.compute_language_modeling_loss(ids, lm(ids)).item() for ids in batches]
@@ -471,7 +471,7 @@ class TestTrain:
             lm,
             random_batches(),
             WatchedSGD(lm),
-            lambda t: rates[t],
+            lambda t: 1e-12 * (t + 1),
             num_training_steps=n_steps,
             grad_accumulation_steps=accumulation,
         )
@@ -510,7 +510,15 @@ class TestTrain:
             [1e12 * values["learning-rate"] for _, values in wandb_log],
             range(1, 24),
             "1e12·learning-rate",
-            {"the learning rate of the step before": range(0, 23), "of the step after": range(2, 25)},
+            {
+                "the learning rate of the step before": range(0, 23),
+                "of the step after": range(2, 25),
+                **(
+                    {"lr_schedule gets the number of micro-batches, not of steps": range(1, 46, 2)}
+                    if accumulation > 1
+                    else {}
+                ),
+            },
         )
 
 
