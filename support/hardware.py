@@ -36,7 +36,8 @@ class Hardware:
             return torch.cuda.get_device_name(self.device)
         cpuinfo = Path("/proc/cpuinfo")
         models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-        return f"{models[0] if models else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        models += [platform.processor() or platform.machine()]
+        return f"{models[0]}, {torch.get_num_threads()} threads"
 
     def __str__(self) -> str:
         return f"{self.device}, {str(self.dtype).removeprefix('torch.')} ({self.reason})"
