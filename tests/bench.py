@@ -447,13 +447,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.only in (None, "train"):
         # First, while this process is small: on Linux a child's peak starts at that of its parent.
         report("Peak memory of a training process, MiB", bench_memory, *((name,) for name in CONFIGS))
-        calls = (("GPT-tiny", repetitions(7)), ("d256 L4", repetitions(4)), ("d512 L8", repetitions(3)))
+        calls = (("GPT-tiny", repetitions(7)), ("d256 L4", repetitions(3)), ("d512 L8", repetitions(3)))
         report("Training steps: forward, backward, AdamW", bench_training, *calls)
     if args.only in (None, "generate"):
         title = f"Greedy generation, d256 L4, {PROMPT_TOKENS} + {NEW_TOKENS} tokens"
         report(title, bench_generation, (1, repetitions(3)), (8, repetitions(2)))
     if args.only in (None, "score"):
-        report("Next-token scores, d256 L4", bench_scoring, (repetitions(3),))
+        report("Next-token scores, d256 L4", bench_scoring, (repetitions(2),))
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
