@@ -25,8 +25,9 @@ COPIED = (
     *("configs/GPT-tiny.yaml", "configs/smoke.yaml", "data/*", "support/*.py", "report/template.tex"),
     *("tests/conftest.py", "tests/points.py", "tests/test_*.py", "tests/support/test_parity.py"),
 )
-NOT_COPIED = {"data/tokens.npz"}  # the course's corpus, and what is made of any text
-NOT_COPIED_SUFFIXES = (".tokens.npz", ".npy", ".tmp")
+# What was fetched, whole or in part.
+NOT_COPIED = {f"data/{name}{suffix}" for name in ("tokens.npz", "yelp_test.parquet") for suffix in ("", ".json")}
+NOT_COPIED_SUFFIXES = (".npy", ".tmp", ".lock")
 
 # The graded functions and classes by file, with their question. Of a class every method is graded …
 GRADED = {
