@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from support.errors import check
+from support.errors import UserError, check, first_line
 
 
 @dataclass(frozen=True)
@@ -81,3 +81,18 @@ def matrix_product_rate(hardware: Hardware, size: int = 2048) -> float:
     # Reading one number of the product waits for the device.
     seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=6)
     return 2 * size**3 / statistics.median(seconds[1:])  # the first one warms up
+
+
+def compile_forward(module: torch.nn.Module, device: torch.device) -> None:
+    """Compile what the module computes; the module itself, and so its state_dict, stays as it is.
+
+    Raises UserError where nothing can be compiled, such as on a CPU without a C++ compiler.
+    """
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+    except Exception as error:  # of whatever the device's compiler lacks
+        raise UserError(
+            f"compile = true, but nothing compiles here ({first_line(error)}); install a C++ compiler such as "
+            "g++, or give compile: false"
+        ) from None
+    module.compile()
