@@ -2,11 +2,13 @@
 
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import zipfile
@@ -551,25 +553,117 @@ def test_fingerprint_depends_on_the_tokens_and_not_on_their_type():
     assert first != fingerprint(Corpus("a", tokens, tokens[:9]))
 
 
-def test_prepare_draws_whole_documents_and_repeats_itself(tmp_path):
+@pytest.fixture
+def prepare(capsys):
+    """prepare(*arguments) runs data/prepare.py; it returns the exit status and what was printed."""
+    spec = importlib.util.spec_from_file_location("prepare", DATA / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments) -> tuple[int, str]:
+        try:
+            module.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().err
+        return 0, capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def pages(tmp_path):
+    """A jsonl of 200 pages with titles."""
     source = tmp_path / "pages.jsonl"
     with source.open("w") as file:
         for i in range(200):
-            text = f"Page {i} opens. " + "More of it follows here. " * (i % 40)
-            file.write(json.dumps({"title": f"T{i}", "text": text}) + "\n")
-    command = [sys.executable, str(DATA / "prepare.py"), str(source)]
-    options = ["--tokens", "3000", "--val-tokens", "400", "--max-chars-per-document", "300"]
+            content = f"Page {i} opens. " + "More of it follows here. " * (i % 40)
+            file.write(json.dumps({"title": f"T{i}", "text": content}) + "\n")
+    return source
+
+
+def test_prepare_draws_whole_documents_and_repeats_itself(tmp_path, pages, prepare):
+    options = ["--tokens", 3000, "--val-tokens", 400, "--max-chars-per-document", 300]
     for name in ("a.npz", "b.npz"):
-        subprocess.run([*command, str(tmp_path / name), *options], check=True, cwd=tmp_path)
+        assert prepare(pages, tmp_path / name, *options)[0] == 0
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     corpus = load_corpus(str(tmp_path / "a.npz"), N_VOCAB)
     train, val = documents_in(corpus.train), documents_in(corpus.val)
     assert 3000 <= len(corpus.train) < 3100 and 400 <= len(corpus.val) < 500
-    assert max(map(len, train + val)) <= 300 and all(text.rstrip().endswith(".") for text in train + val)
+    assert max(map(len, train + val)) <= 300 and all(page.rstrip().endswith(".") for page in train + val)
     titles = (tmp_path / "a_titles.txt").read_text().splitlines()[1:]
-    drawn = {(split, text.split()[1]) for split, texts in (("train", train), ("val", val)) for text in texts}
+    drawn = {(split, page.split()[1]) for split, found in (("train", train), ("val", val)) for page in found}
     assert {tuple(line.split("\tT")) for line in titles} == drawn
 
-    too_many = [*command, str(tmp_path / "c.npz"), "--tokens", "99999"]
-    refusal = subprocess.run(too_many, capture_output=True, text=True)
-    assert refusal.returncode == 2 and "--tokens" in refusal.stderr and not (tmp_path / "c.npz").exists()
+    assert prepare(pages, tmp_path / "folder", *options)[0] == 0
+    folder = load_corpus(str(tmp_path / "folder"), N_VOCAB)
+    assert np.array_equal(folder.train, corpus.train) and np.array_equal(folder.val, corpus.val)
+
+    status, error = prepare(pages, tmp_path / "c.npz", "--tokens", 99999)
+    assert status == 2 and "--tokens" in error and not (tmp_path / "c.npz").exists()
+
+
+def test_prepare_holds_out_as_training_on_the_source_itself_does(tmp_path, pages, prepare):
+    status, shown = prepare(pages, tmp_path / "out")
+    direct, prepared = (load_corpus(str(path), N_VOCAB) for path in (pages, tmp_path / "out"))
+    assert np.array_equal(direct.train, prepared.train) and np.array_equal(direct.val, prepared.val)
+    assert status == 0 and f"{len(prepared.train):,} train and {len(prepared.val):,} val tokens" in shown
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"train.npy", "val.npy", "checked.json"}
+
+
+def test_prepare_reads_a_text_file_and_cuts_only_records(tmp_path, prepare):
+    source = tmp_path / "tales.txt"
+    source.write_text("<|endoftext|>".join(f"Tale {i} is short." for i in range(40)))
+    assert prepare(source, tmp_path / "tales.npz", "--tokens", 50)[0] == 0
+    corpus = load_corpus(str(tmp_path / "tales.npz"), N_VOCAB)
+    tales = documents_in(corpus.train) + documents_in(corpus.val)
+    assert all(re.fullmatch(r"Tale \d+ is short\.", tale) for tale in tales) and len(set(tales)) == len(tales)
+    assert not (tmp_path / "tales_titles.txt").exists(), "a text has no titles"
+    assert prepare(source, tmp_path / "no.npz", "--prose-only")[0] == 2
+
+
+def test_prepare_refuses_what_it_cannot_do_and_writes_nothing(tmp_path, pages, prepare):
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "taken").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for arguments, message in (
+        (["nowhere.txt", tmp_path / "out"], "nowhere.txt does not exist"),
+        ([pages, tmp_path / "no" / "out"], "no does not exist"),
+        ([pages, tmp_path / "taken"], "taken is a file"),
+        ([tmp_path / "empty.txt", tmp_path / "out"], "no text"),
+        ([pages, tmp_path / "out", "--prose-only"], "no text that the options admit"),
+        ([pages, tmp_path / "out", "--tokens", "0"], "not a whole number above 0"),
+        ([pages, tmp_path / "out", "--reviews", "10"], "pages.jsonl, line 1: label None"),
+    ):
+        status, error = prepare(*arguments)
+        assert status == 2 and message in error
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_prepare_cuts_at_a_sentence_and_keeps_prose(tmp_path, prepare):
+    sentence = "The river rises in the hills and runs to the sea past the old towns of the plain, as ever. "
+    records = [
+        {"title": "River", "text": sentence * 20},
+        {"title": "Timeline of rivers", "text": sentence * 20},
+        {"title": "Stub", "text": sentence},
+        {"title": "Word", "text": "x" * 5000},
+    ]
+    source = tmp_path / "pages.jsonl"
+    source.write_text("\n".join(map(json.dumps, records)))
+    assert prepare(source, tmp_path / "prose", "--prose-only")[0] == 0
+    corpus = load_corpus(str(tmp_path / "prose"), N_VOCAB)
+    assert np.concatenate([corpus.train, corpus.val]).tolist() == [*encode(sentence * 20), EOT]
+    assert prepare(source, tmp_path / "cut", "--max-chars-per-document", 200)[0] == 0
+    corpus = load_corpus(str(tmp_path / "cut"), N_VOCAB)
+    texts = documents_in(np.concatenate([corpus.train, corpus.val]))
+    assert sorted(texts) == sorted([(sentence * 2).strip()] * 2 + [sentence, "x" * 200])
+
+
+def test_prepare_draws_reviews_of_both_labels(tmp_path, prepare):
+    source = tmp_path / "reviews.jsonl"
+    records = [{"text": f"this is review {i % 30}", "label": i % 2} for i in range(40)]
+    source.write_text("\n".join(map(json.dumps, [*records, {"text": "too short", "label": 1}])))
+    status, shown = prepare(source, tmp_path / "out.jsonl", "--reviews", 20)
+    assert status == 0 and shown.endswith("out.jsonl: 20 reviews\n")
+    drawn = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len({review["text"] for review in drawn}) == 20 and sum(review["label"] for review in drawn) == 10
+    assert "too few" in prepare(source, tmp_path / "more.jsonl", "--reviews", 32)[1]

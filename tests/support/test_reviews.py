@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from support import hub
 from support.errors import UserError
 from support.reviews import load_reviews
 
@@ -102,8 +103,9 @@ def test_no_review_that_fits_is_refused(numbered):
 # --- Yelp's stand-in (test_hub.py has Yelp itself) ----------------------------------------------------------
 
 
-def test_bundled_sample_stands_in_loudly(monkeypatch):
+def test_bundled_sample_stands_in_loudly(monkeypatch, tmp_path):
     monkeypatch.chdir("/")
+    monkeypatch.setattr(hub, "DATA", tmp_path)  # an empty folder, where Yelp was never fetched
     reviews = load_reviews(None, 2000)
     assert "NOT Yelp" in reviews.note and "HF_HUB_OFFLINE" in reviews.note and "\n" not in reviews.note
     assert "Yelp" not in reviews.name
