@@ -193,8 +193,7 @@ def boundaries(odds: np.ndarray, empty: np.ndarray, premise: float) -> dict[str,
 
     With two labels, contextual calibration and PMI scoring both subtract a constant from the log odds.
     """
-    mean_p = 1 / (1 + np.exp(-empty))  # Zhao et al. 2021, section 5: average p over the content-free inputs
-    mean_p = mean_p.mean()
+    mean_p = (1 / (1 + np.exp(-empty))).mean()  # as Zhao et al. 2021 average over their content-free inputs
     return {
         "0.5": 0.0,
         "contextual": math.log(mean_p / (1 - mean_p)),
@@ -232,7 +231,7 @@ def sentiment() -> None:
             }
             for rule, boundary in boundaries(odds, empty, premise).items():
                 resampled = [
-                    ((odds[i] > (boundaries(odds[i], empty, premise)[rule])) == labels[i]).mean() for i in draw
+                    ((odds[i] > boundaries(odds[i], empty, premise)[rule]) == labels[i]).mean() for i in draw
                 ]
                 row["rules"][rule] = {
                     "accuracy": float(((odds > boundary) == labels).mean()),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -318,8 +319,9 @@ def generations() -> dict[str, str]:
 
 
 def plain(text: str) -> str:
-    """Generated text on one line, as code, so that nothing in it is taken for Markdown or TeX."""
-    return "`" + text.strip().replace("`", "'").replace("\n", " / ") + "`"
+    """Generated text on one line, escaped for Markdown; a character that TeX's fonts may lack becomes "?"."""
+    line = text.strip().replace("\n", " / ").encode("latin-1", "replace").decode("latin-1")
+    return re.sub(r"([!-/:-@[-`{-~])", r"\\\1", "".join(c if c.isprintable() else "?" for c in line))
 
 
 def more_training() -> dict[str, str]:
@@ -342,6 +344,11 @@ def more_training() -> dict[str, str]:
     return {"3.3": markdown(header, rows)}
 
 
+def plus_minus(value: float, interval: list[float], scale: float, digits: int) -> str:
+    """A value with half the width of its 95% interval."""
+    return f"{scale * value:.{digits}f} ± {scale * (interval[1] - interval[0]) / 2:.{digits}f}"
+
+
 RULES = ("0.5", "contextual", "PMI", "median")
 
 
@@ -350,21 +357,17 @@ def sentiment() -> dict[str, str]:
     r = result("3.6")
     rows = []
     for row in r["rows"]:
-        cells = []
-        for rule in RULES:
-            low, high = row["rules"][rule]["interval"]
-            cells.append(f"{row['rules'][rule]['accuracy']:.1%} ({low:.1%} to {high:.1%})".replace("%", " %"))
-        low, high = row["auc-interval"]
-        rows.append((row["template"], row["words"], *cells, f"{row['auc']:.3f} ({low:.3f} to {high:.3f})"))
+        cells = [plus_minus(m["accuracy"], m["interval"], 100, 1) for m in (row["rules"][rule] for rule in RULES)]
+        rows.append((row["template"], row["words"], *cells, plus_minus(row["auc"], row["auc-interval"], 1, 3)))
     first = r["rows"][0]["rules"]
     p, labels = np.loadtxt(RESULTS / "3.6.csv", delimiter=",", skiprows=1).T
     plot_histogram("3.6-p-positive.png", p, labels, {rule: first[rule]["boundary"] for rule in RULES})
     brief = [
-        (rule, f"{m['boundary']:.3f}", f"{m['positive-share']:.1%}".replace("%", " %"), cells)
-        for rule, m, cells in zip(RULES, (first[rule] for rule in RULES), rows[0][2:6], strict=True)
+        (rule, f"{first[rule]['boundary']:.3f}", f"{100 * first[rule]['positive-share']:.1f}", accuracy)
+        for rule, accuracy in zip(RULES, rows[0][2:6], strict=True)
     ]
     return {
-        "3.5": markdown("boundary by | p(positive) above | called positive | accuracy", brief),
+        "3.5": markdown("boundary by | p(positive) above | called positive (%) | accuracy (%)", brief),
         "3.6": markdown(f"template | label words | {' | '.join(RULES)} | AUC", rows),
     }
 
