@@ -95,7 +95,12 @@ installed, a network.
     ),
     ("README.md", "Run all tests (about 2 minutes), which end", "Run all tests (half a minute), which end"),
     ("README.md", "for the questions; tests/support/ for the rest", "for the questions, with points"),
-    ("README.md", "    docs/        more than fits here\n", "    report/      template.tex for your answers\n"),
+    (
+        "README.md",
+        "answers to the written questions; reproduce.py repeats their experiments",
+        "template.tex for your answers",
+    ),
+    ("README.md", "    docs/        more than fits here\n", ""),
     ("README.md", "`classification.json`, `.png` |", "`classification.json` |"),
     (
         "README.md",
