@@ -84,9 +84,7 @@ def classify_binary_sentiment(
     return (p > decision_boundary(p, calibrate)).int().tolist()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Command
-# ---------------------------------------------------------------------------------------------------
+# --- Command ---
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,14 +93,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", nargs="?", help="model.pt to use (default: the newest in outputs/)")
     parser.add_argument("--config", help="training YAML of the model; it is then <output_dir>/model.pt")
     parser.add_argument("--calibrate", action="store_true", help="write the calibrated predictions")
-    parser.add_argument("--data", help="csv or jsonl with text and label (default: Yelp polarity, test split)")
+    parser.add_argument("--data", help="csv or jsonl with text and label, 'yelp' (the default) or 'sample'")
     parser.add_argument("--limit", type=int, default=1000, metavar="N", help="reviews to take (default: 1000)")
     parser.add_argument("--batch_size", type=int, default=64, metavar="B", help="reviews at once (default: 64)")
     args = parser.parse_args(argv)
 
     from support.checkpoint import load_trained_model
     from support.errors import check, exit_on_user_error
-    from support.files import write_json
+    from support.files import json_text, write_atomically
     from support.metrics import area_under_roc
     from support.plots import plot_classification
     from support.reviews import load_reviews
@@ -167,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
             "true-label": reviews.labels,
             "p-positive": p.tolist(),
         }
-        write_json(trained.folder / "classification.json", results)
+        write_atomically(trained.folder / "classification.json", json_text(results))
         figure = trained.folder / "classification.png"
         plot_classification(p.numpy(), labels.numpy(), boundaries, f"{trained.path}, {reviews.name}", figure)
         print(f"{len(labels)} reviews in {seconds:.1f} s, written to {trained.folder}/classification.json, .png")

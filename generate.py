@@ -19,9 +19,7 @@ from tqdm import tqdm
 
 from model import DecoderLM
 
-# ---------------------------------------------------------------------------------------------------
-# From logits to a token
-# ---------------------------------------------------------------------------------------------------
+# --- From logits to a token ---
 
 
 def softmax_with_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -56,9 +54,7 @@ def keep_likely(probs: torch.Tensor, top_k: int | None = None, top_p: float | No
     return probs
 
 
-# ---------------------------------------------------------------------------------------------------
-# Decoding
-# ---------------------------------------------------------------------------------------------------
+# --- Decoding ---
 
 
 def left_pad(
@@ -178,9 +174,7 @@ class _NextTokenLogits:
             cache.keep_rows(rows)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Command
-# ---------------------------------------------------------------------------------------------------
+# --- Command ---
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -25,6 +25,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+MOST_SCORES = 2**21  # attention scores at a time on a CPU: 8 MiB in float32, because more leave its caches
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout` that draws 16 random bits for an element: p is exact to 2^-17.
+
+    On a CPU the library draws its random numbers one by one, a tenth of a training step. Here one
+    64-bit draw from the same generator serves four elements.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Zero each element with probability p, in training only, and divide the others by 1 - p."""
+        if not (self.training and 0 < self.p < 1 and x.is_cpu):
+            return super().forward(x)
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        bits = draws.view(torch.int16)[: x.numel()].view(x.shape)  # uniform over -2^15 .. 2^15 - 1
+        kept = bits.float().ge_(round(self.p * 2**16) - 2**15)  # 1.0 or 0.0
+        return x * kept.mul_(1 / (1 - self.p)).to(x.dtype)
+
 
 class KeyValueCache:
     """The keys and values of one attention layer for the tokens read so far.
@@ -69,7 +88,7 @@ class MultiHeadAttention(nn.Module):
         self.k_attn = nn.Linear(n_embd, n_embd)
         self.v_attn = nn.Linear(n_embd, n_embd)
         self.proj = nn.Linear(n_embd, n_embd)
-        self.dropout = nn.Dropout(p_dropout)
+        self.dropout = Dropout(p_dropout)
         # Dot products of HD-dimensional vectors grow like sqrt(HD); undone, softmax would saturate.
         self.register_buffer("scale_factor", torch.tensor(1.0 / math.sqrt(n_embd // n_head)))
 
@@ -81,16 +100,12 @@ class MultiHeadAttention(nn.Module):
         B, S, D = x.shape
         heads = (B, S, self.n_head, D // self.n_head)
         q = self.q_attn(x).view(heads).transpose(1, 2)  # (B, H, S, HD)
-        kT = self.k_attn(x).view(heads).permute(0, 2, 3, 1)  # (B, H, HD, S)
+        k = self.k_attn(x).view(heads).transpose(1, 2).contiguous()  # a product copies kT otherwise, slowly
         v = self.v_attn(x).view(heads).transpose(1, 2)  # (B, H, S, HD)
-        return q, kT, v
+        return q, k.transpose(2, 3), v
 
     def self_attention(
-        self,
-        q: torch.Tensor,
-        kT: torch.Tensor,
-        v: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        self, q: torch.Tensor, kT: torch.Tensor, v: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Mix the values of the tokens that each token may look at: softmax(q kT / sqrt(HD)) v.
 
@@ -125,17 +140,21 @@ class MultiHeadAttention(nn.Module):
         return self.dropout(self.proj(attn))
 
     def forward(
-        self,
-        x: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        cache: KeyValueCache | None = None,
+        self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, *, cache: KeyValueCache | None = None
     ) -> torch.Tensor:
-        """x (B, S, D) -> (B, S, D). With a cache, x holds the new tokens and the mask covers all."""
+        """x (B, S, D) -> (B, S, D). With a cache, x holds the new tokens and the mask covers all.
+
+        On a CPU the sequences go through in groups whose scores fit its caches; they never meet anyway.
+        """
         q, kT, v = self.q_kT_v(x)
         if cache is not None:
             kT, v = cache.extend(kT, v)
-        return self.projection(self.self_attention(q, kT, v, attention_mask))
+        group = max(1, MOST_SCORES // (self.n_head * q.shape[2] * v.shape[2]))
+        if len(x) <= group or not x.is_cpu:
+            return self.projection(self.self_attention(q, kT, v, attention_mask))
+        masks = [None] * len(x) if attention_mask is None else attention_mask.split(group)
+        groups = zip(q.split(group), kT.split(group), v.split(group), masks, strict=False)
+        return self.projection(torch.cat([self.self_attention(*tensors) for tensors in groups]))
 
 
 class FeedForward(nn.Module):
@@ -145,7 +164,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.linear_in = nn.Linear(n_embd, 4 * n_embd)
         self.linear_out = nn.Linear(4 * n_embd, n_embd)
-        self.dropout = nn.Dropout(p_dropout)
+        self.dropout = Dropout(p_dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, S, D) -> (B, S, D)"""
@@ -168,11 +187,7 @@ class DecoderBlock(nn.Module):
         self.ff = FeedForward(n_embd, p_dropout)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        *,
-        cache: KeyValueCache | None = None,
+        self, x: torch.Tensor, attention_mask: torch.Tensor | None, *, cache: KeyValueCache | None = None
     ) -> torch.Tensor:
         """x (B, S, D), attention_mask (B, S) or None -> (B, S, D)"""
         x = x + self.mha(self.ln_1(x), attention_mask, cache=cache)
@@ -183,13 +198,7 @@ class DecoderLM(nn.Module):
     """The language model: token ids in, the logits of each next token out."""
 
     def __init__(
-        self,
-        n_vocab: int,
-        n_embd: int,
-        n_head: int,
-        n_positions: int,
-        n_layer: int,
-        p_dropout: float = 0.1,
+        self, n_vocab: int, n_embd: int, n_head: int, n_positions: int, n_layer: int, p_dropout: float = 0.1
     ):
         super().__init__()
         self.n_vocab = n_vocab
@@ -203,7 +212,7 @@ class DecoderLM(nn.Module):
         self.position_embeddings = nn.Embedding(n_positions, n_embd)
         self.blocks = nn.ModuleList(DecoderBlock(n_embd, n_head, p_dropout=p_dropout) for _ in range(n_layer))
         self.ln = nn.LayerNorm(n_embd)
-        self.dropout = nn.Dropout(p_dropout)
+        self.dropout = Dropout(p_dropout)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -255,11 +264,7 @@ class DecoderLM(nn.Module):
         return self.dropout(x)
 
     def hidden_states(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        caches: list[KeyValueCache] | None = None,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, caches: list | None = None
     ) -> torch.Tensor:
         """Embedding, all blocks and the final LayerNorm: (B, S) -> (B, S, D).
 
@@ -280,11 +285,7 @@ class DecoderLM(nn.Module):
         return F.linear(x, self.token_embeddings.weight)
 
     def next_token_logits(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        caches: list[KeyValueCache] | None = None,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, caches: list | None = None
     ) -> torch.Tensor:
         """`forward(input_ids, attention_mask)[:, -1]` without the other logits: (B, S) -> (B, V).
 

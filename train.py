@@ -30,11 +30,6 @@ from model import DecoderLM
 RUNNING_MEAN_STEPS = 20  # steps averaged in the reported train-loss
 
 
-# ---------------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------------
-
-
 def random_batch_sampler(
     tokens: torch.Tensor | np.ndarray, device: torch.device | str, batch_size: int, seq_len: int
 ) -> Iterator[torch.Tensor]:
@@ -44,7 +39,7 @@ def random_batch_sampler(
     generator. The corpus may be memory-mapped and of any integer type: only the rows drawn are read
     and widened. Raises ValueError when it is shorter than one row.
     """
-    tokens = _as_array(tokens)
+    tokens = tokens.cpu().numpy() if isinstance(tokens, torch.Tensor) else tokens
     n_starts = len(tokens) - seq_len + 1
     if n_starts < 1:
         raise ValueError(f"a corpus of {len(tokens)} tokens has no row of seq_len = {seq_len}")
@@ -55,19 +50,14 @@ def random_batch_sampler(
 
 
 def sequential_batch_sampler(
-    tokens: torch.Tensor | np.ndarray,
-    device: torch.device | str,
-    batch_size: int,
-    seq_len: int,
-    *,
-    drop_last: bool = True,
+    tokens: torch.Tensor | np.ndarray, device: torch.device | str, batch_size: int, seq_len: int, *, drop_last=True
 ) -> Iterator[torch.Tensor]:
     """Yield (B, S) int64 batches that pass once through the corpus, in its order.
 
     An incomplete last batch is dropped, or, with drop_last=False, yielded with fewer rows. Tokens after
     the last full row are never used.
     """
-    tokens = _as_array(tokens)
+    tokens = tokens.cpu().numpy() if isinstance(tokens, torch.Tensor) else tokens
     n_rows = len(tokens) // seq_len
     if drop_last:
         n_rows -= n_rows % batch_size
@@ -75,16 +65,6 @@ def sequential_batch_sampler(
         rows = min(batch_size, n_rows - row)
         batch = tokens[row * seq_len : (row + rows) * seq_len].reshape(rows, seq_len)
         yield torch.from_numpy(batch.astype(np.int64)).to(device)
-
-
-def _as_array(tokens: torch.Tensor | np.ndarray) -> np.ndarray:
-    """The same tokens as an array: numpy can index every integer type and memory-mapped files."""
-    return tokens.cpu().numpy() if isinstance(tokens, torch.Tensor) else tokens
-
-
-# ---------------------------------------------------------------------------------------------------
-# Learning rate
-# ---------------------------------------------------------------------------------------------------
 
 
 def cosine_lr_schedule(
@@ -116,11 +96,6 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-# ---------------------------------------------------------------------------------------------------
-# Loss
-# ---------------------------------------------------------------------------------------------------
-
-
 def compute_language_modeling_loss(input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy of each next token: input_ids (B, S), logits (B, S, V) -> scalar, in nats.
 
@@ -138,43 +113,61 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     The gradients are computed in the forward pass, while a chunk's logits are still in cache, so each logit
     is written once and never kept. With p = softmax(logits), the gradient of a row's loss by its logits is
-    p - onehot(label). Three choices make it fast and change nothing but the rounding: exp2 is the faster
-    exponential, so log2(e) is multiplied into the (N, D) hidden states; the vocabulary comes first in
-    memory, which suits the matrix products of a CPU; and rows of p are scaled by way of their (N, D) factors.
-    The maximum, which keeps exp2 in range, is only looked for when |h| |w| does not bound the logits.
+    p - onehot(label). What makes it fast changes nothing but the rounding: exp2 is the faster exponential,
+    so log2(e) is multiplied into the (N, D) hidden states; the vocabulary comes first in memory, which suits
+    a CPU's matrix products; rows of p are scaled by way of their (N, D) factors; and the maximum is taken off
+    only once a sum of exponentials has come near the end of float32's range.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, rows):
-        n, n_vocab = len(hidden), len(weight)
-        need_grad = any(ctx.needs_input_grad)
-        hidden_grad = torch.empty_like(hidden) if need_grad else None
-        weight_grad = torch.zeros_like(weight) if need_grad else None
-        buffer = hidden.new_empty(n_vocab * min(rows, n))
-        nats = torch.zeros((), dtype=torch.float64)
-        log2_e = math.log2(math.e)
-        bounded = hidden.norm(dim=1).max() * weight.norm(dim=1).max() * log2_e < 64  # 2^64 is far from overflow
-        for h, label, start in zip(hidden.split(rows), labels.split(rows), range(0, n, rows), strict=True):
-            logits = buffer[: n_vocab * len(h)].view(n_vocab, len(h))  # (V, R), in base 2
-            torch.mm(weight, h.T * log2_e, out=logits)
-            if not bounded:
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.rows = rows
+        loss, *ctx.gradients = _loss_and_gradients(hidden, weight, labels, rows, any(ctx.needs_input_grad))
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        # They are handed over, since copying them into fresh memory takes long. A second pass computes them anew.
+        hidden_grad, weight_grad = ctx.gradients or _loss_and_gradients(*ctx.saved_tensors, ctx.rows, True)[1:]
+        ctx.gradients = None
+        return hidden_grad.mul_(grad), weight_grad.mul_(grad), None, None
+
+
+def _loss_and_gradients(hidden, weight, labels, rows, need_grad):
+    """The mean loss, and its gradients by hidden and weight if these are needed."""
+    n, n_vocab = len(hidden), len(weight)
+    pieces = n_vocab // 2048  # in which one product sums over V: where R and D are small, a long sum is slow
+    weight_pieces, weight_rest = weight[: pieces * 2048].unflatten(0, (pieces, 2048)), weight[pieces * 2048 :]
+    hidden_grad = torch.empty_like(hidden) if need_grad else None
+    weight_grad = torch.zeros_like(weight) if need_grad else None
+    buffer = hidden.new_empty(n_vocab * min(rows, n))
+    nats = torch.zeros((), dtype=torch.float64)
+    log2_e = math.log2(math.e)
+    take_maximum = False
+    for h, label, start in zip(hidden.split(rows), labels.split(rows), range(0, n, rows), strict=True):
+        logits = buffer[: n_vocab * len(h)].view(n_vocab, len(h))  # (V, R), in base 2
+        h_T = (h.T * log2_e).contiguous()
+        while True:
+            torch.mm(weight, h_T, out=logits)
+            if take_maximum:
                 logits.sub_(logits.amax(dim=0, keepdim=True))
             of_label = logits.gather(0, label[None])  # (1, R)
             p = logits.exp2_()  # in place, not yet divided by the sum
             total = p.sum(dim=0, keepdim=True)
-            nats += (total.log2() - of_label).sum(dtype=torch.float64) / log2_e
-            if need_grad:
-                p.scatter_add_(0, label[None], -total)
-                scale = 1 / (total.T * n)  # (R, 1): divides by the sum, and takes the mean
-                hidden_grad[start : start + rows] = torch.mm(p.T, weight) * scale
-                weight_grad.addmm_(p, h * scale)
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        return (nats / n).to(hidden.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * grad, weight_grad * grad, None, None
+            if take_maximum or (total.min() > 2**-60 and total.max() < 2**60):
+                break
+            take_maximum = True  # for this chunk and the rest
+        nats += (total.log2() - of_label).sum(dtype=torch.float64) / log2_e
+        if need_grad:
+            p.scatter_add_(0, label[None], -total)
+            scale = 1 / (total.T * n)  # (R, 1): divides by the sum, and takes the mean
+            p_pieces, p_rest = p[: pieces * 2048].unflatten(0, (pieces, 2048)), p[pieces * 2048 :]
+            product = torch.bmm(p_pieces.mT, weight_pieces).sum(dim=0).addmm_(p_rest.T, weight_rest)
+            hidden_grad[start : start + rows] = product * scale
+            weight_grad.addmm_(p, h * scale)
+    return (nats / n).to(hidden.dtype), hidden_grad, weight_grad
 
 
 class LanguageModelingLoss(nn.Module):
@@ -213,16 +206,6 @@ def _loss_module(model: nn.Module) -> nn.Module:
     return model if is_loss else LanguageModelingLoss(model)
 
 
-def _sum_over_ranks(model: nn.Module, *values: float) -> tuple[float, ...]:
-    """The sums over all processes that train together; of one process the values themselves."""
-    return model.sum_over_ranks(*values) if hasattr(model, "sum_over_ranks") else values
-
-
-# ---------------------------------------------------------------------------------------------------
-# Training and evaluation
-# ---------------------------------------------------------------------------------------------------
-
-
 class StepResult(NamedTuple):
     """What happened in one training step, as `train` tells it to `on_step`."""
 
@@ -257,6 +240,7 @@ def train(
     loss_of = _loss_module(model)
     loss_of.train()
     no_sync = getattr(loss_of, "no_sync", nullcontext)  # distributed: leaves the gradients unaveraged
+    sum_over_ranks = getattr(model, "sum_over_ranks", lambda *values: values)
     batches = iter(batch_sampler)
     recent_losses = getattr(on_step, "recent_losses", deque(maxlen=RUNNING_MEAN_STEPS))
     log_to_wandb = wandb.run is not None
@@ -276,7 +260,7 @@ def train(
                 (loss / grad_accumulation_steps).backward()
             losses.append(loss.detach())
 
-        sum_of_losses, n_ranks = _sum_over_ranks(model, torch.stack(losses).mean().item(), 1)
+        sum_of_losses, n_ranks = sum_over_ranks(torch.stack(losses).mean().item(), 1)
         step_loss = sum_of_losses / n_ranks
         if not math.isfinite(step_loss):
             raise FloatingPointError(f"the loss is {step_loss} at step {step} (learning rate {learning_rate:.3g})")
@@ -317,7 +301,8 @@ def evaluate(
                 n_predictions += B * (S - 1)
     finally:
         model.train(was_training)
-    total_loss, n_predictions = _sum_over_ranks(model, total_loss, n_predictions)
+    sum_over_ranks = getattr(model, "sum_over_ranks", lambda *values: values)
+    total_loss, n_predictions = sum_over_ranks(total_loss, n_predictions)
     if n_predictions == 0:
         raise ValueError("no batch to evaluate: the corpus is shorter than one batch")
     val_loss = total_loss / n_predictions
@@ -332,16 +317,11 @@ def training_flops(
     return model.flops_per_token * n_tokens
 
 
-# ---------------------------------------------------------------------------------------------------
-# Command
-# ---------------------------------------------------------------------------------------------------
-
-
 def main(argv: list[str] | None = None) -> None:
     """Train, evaluate and save the model of a configuration; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Train the language model from a YAML file.")
     parser.add_argument("config", help="YAML file, such as configs/GPT-tiny.yaml")
-    parser.add_argument("--data", help="token file, text, jsonl, or 'sample' (overrides the key data)")
+    parser.add_argument("--data", help="tokens, a text or jsonl, 'c4' or 'sample' (overrides the key data)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the YAML")
     parser.add_argument("--fresh", action="store_true", help="start over instead of continuing")
     parser.add_argument("--dry-run", action="store_true", help="say what it would take, train nothing")
@@ -355,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
     from support.distribution import join_world
     from support.errors import exit_on_user_error
     from support.faults import check_memory
-    from support.hardware import choose_hardware
+    from support.hardware import choose_hardware, compile_forward
     from support.run import Run
     from support.screen import show_evaluation
     from support.tokenizer import get_tokenizer
@@ -372,53 +352,41 @@ def main(argv: list[str] | None = None) -> None:
         check_memory(config.model_config, tokenizer.n_vocab, device)
         torch.manual_seed(config.seed)
         model = DecoderLM(tokenizer.n_vocab, **vars(config.model_config)).to(device)
-        wrapped = world.distribute(LanguageModelingLoss(model), config.seed)
+        loss = LanguageModelingLoss(model)
+        if config.compile:
+            compile_forward(loss, device)
+        loss = world.distribute(loss, config.seed)
 
         def validation_loss() -> tuple[dict[str, float], int]:
             rows = len(corpus.val) // config.seq_len
             tokens = world.share(corpus.val, config.seq_len)
             batches = sequential_batch_sampler(tokens, device, config.batch_size, config.seq_len, drop_last=False)
-            return evaluate(wrapped, batches, autocast), rows * (config.seq_len - 1)
+            return evaluate(loss, batches, autocast), rows * (config.seq_len - 1)
 
         if args.evaluate:
             load_weights(model, args.evaluate, config.model_config)
             show_evaluation(args.evaluate, corpus.name, *validation_loss(), config.seq_len)
             return
 
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.max_lr,
-            betas=(0.9, 0.95),
-            weight_decay=config.weight_decay,
-            fused=hardware.fused,
-        )
-        lr_schedule = cosine_lr_schedule(
-            config.num_warmup_steps, config.num_training_steps, config.min_lr, config.max_lr
-        )
+        options = {"betas": (0.9, 0.95), "weight_decay": config.weight_decay, "fused": hardware.fused}
+        optimizer = torch.optim.AdamW(model.parameters(), config.max_lr, **options)
+        rates = (config.min_lr, config.max_lr)
+        lr_schedule = cosine_lr_schedule(config.num_warmup_steps, config.num_training_steps, *rates)
         batches = random_batch_sampler(corpus.train, device, config.batch_size, config.seq_len)
-        work = (config.num_training_steps, config.grad_accumulation_steps)
-        flops = training_flops(model, *work, config.batch_size * world.size, config.seq_len)
+        n_steps, n_micro = config.num_training_steps, config.grad_accumulation_steps
+        flops = training_flops(model, n_steps, n_micro, config.batch_size * world.size, config.seq_len)
         run = Run(config, hardware, corpus, model, optimizer, flops, world)
         run.show_header(f"train {args.config}")
         if args.dry_run:
             with run.stopwatch() as on_step:
-                train(wrapped, batches, optimizer, lr_schedule, autocast, 6, work[1], on_step=on_step)
+                train(loss, batches, optimizer, lr_schedule, autocast, 6, n_micro, on_step=on_step)
             return
 
         with run.open(args.fresh):
-            train(
-                wrapped,
-                batches,
-                optimizer,
-                lr_schedule,
-                autocast,
-                *work,
-                start_step=run.start_step,
-                on_step=run,
-            )
-            prompt = "The city"
-            text = generate(model, device, tokenizer, [prompt], 1, temperature=0.7)[0]
-            run.finish(*validation_loss(), sample=(prompt, text))
+            steps = {"start_step": run.start_step, "on_step": run}
+            train(loss, batches, optimizer, lr_schedule, autocast, n_steps, n_micro, **steps)
+            text = generate(model, device, tokenizer, ["The city"], 1, temperature=0.7)[0]
+            run.finish(*validation_loss(), sample=("The city", text))
 
 
 if __name__ == "__main__":

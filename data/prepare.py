@@ -1,11 +1,14 @@
-"""Build a token file, or a sample of reviews.
+"""Build tokens to train on, or a sample of reviews.
 
-    python data/prepare.py texts.jsonl.gz tokens.npz           then: python train.py CONFIG --data tokens.npz
+    python data/prepare.py texts.jsonl.gz tokens                   then: python train.py CONFIG --data tokens
+    python data/prepare.py hf:allenai/c4 tokens --config en --tokens 1000000000
     python data/prepare.py pages.jsonl.gz part.npz --tokens 1000000       also writes part_titles.txt
     python data/prepare.py reviews.jsonl sample.jsonl --reviews 1000
 
-SOURCE is a .jsonl or .jsonl.gz with a field `text`, or a text file (documents between `<|endoftext|>`).
-The same command gives the same file. data/README.md has the commands of the bundled files.
+SOURCE is a .jsonl or .jsonl.gz with a field `text`, a text file (documents between `<|endoftext|>`), or hf:NAME,
+the train split of a dataset of the Hugging Face Hub with a column `text`, read over the network as far as needed.
+OUT is a folder, which training maps into memory, or an .npz. Tokens wait on the disk, not in memory. The same
+command gives the same files. data/README.md has the commands of the bundled ones.
 """
 
 import argparse
@@ -13,19 +16,28 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator
+import zipfile
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import BinaryIO
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from support.corpus import read_jsonl, read_pieces, save_npz, split_held_out, tokenise  # noqa: E402
-from support.errors import UserError, exit_on_user_error  # noqa: E402
-from support.files import write_atomically  # noqa: E402
+from support.corpus import read_tokens, write_runs  # noqa: E402
+from support.errors import UserError, check, exit_on_user_error  # noqa: E402
+from support.files import atomic_file, write_atomically  # noqa: E402
+from support.hub import Unavailable, ask, reason  # noqa: E402
+from support.text import read_jsonl, read_pieces, split_held_out, tokenise  # noqa: E402
 from support.tokenizer import get_tokenizer  # noqa: E402
 
 SEED = 42
+HUB = "hf:"
 TITLES_HEADER = "# Documents in the token file of this name, as split, tab, title; licence: see README.md\n"
 
 
@@ -54,33 +66,64 @@ def is_prose(title: str, text: str) -> bool:
     )
 
 
-def select_documents(source: Path, max_chars: int | None, prose_only: bool) -> Iterator[dict]:
-    """The objects of a jsonl source, their texts cut to `max_chars`; only pages of prose if asked for."""
-    for _, record in read_jsonl(source):
+def hub_records(name: str, config: str | None) -> Iterator[dict]:
+    """The rows of the train split of a dataset of the Hugging Face Hub, as they come over the network."""
+    from huggingface_hub import HfApi
+
+    n_read = 0
+    try:
+        ask(HfApi().dataset_info, name)  # a quick answer where there is no network
+        import datasets
+
+        for row in datasets.load_dataset(name, config, split="train", streaming=True):
+            found = ", ".join(row)
+            check(isinstance(row.get("text"), str), f"hf:{name}: no text in a column 'text' (found: {found})")
+            yield row
+            n_read += 1
+    except UserError:
+        raise
+    except Exception as error:  # the clients raise dozens of kinds; the message tells them apart
+        why = error if isinstance(error, Unavailable) else reason(error)
+        read = f" beyond document {n_read:,}" if n_read else ""
+        raise UserError(f"hf:{name}: cannot be read{read} ({why}); mend that and try again") from None
+
+
+def documents(arguments: argparse.Namespace, titles: list[str]) -> Iterator[tuple[str, bool]]:
+    """What the options leave of the source, as `tokenise` takes it; the documents' titles go into the list."""
+    source, max_chars = arguments.source, arguments.max_chars_per_document
+    if source.startswith(HUB):
+        records = hub_records(source.removeprefix(HUB), arguments.config)
+    elif source.endswith((".jsonl", ".jsonl.gz")):
+        records = (record for _, record in read_jsonl(Path(source), progress=True))
+    else:
+        only_text = not (max_chars or arguments.prose_only)
+        check(only_text, f"{source}: a text file has no --max-chars-per-document and --prose-only")
+        yield from read_pieces(Path(source))
+        return
+    for record in records:
         title = str(record.get("title", ""))
         text = cut_at_sentence(record["text"], max_chars) if max_chars else record["text"]
-        if text.strip() and (not prose_only or is_prose(title, text)):
-            yield {"title": title, "text": text}
+        if text.strip() and (not arguments.prose_only or is_prose(title, text)):
+            if title:
+                titles.append(title)
+            yield text, True
 
 
-def draw_tokens(documents: list[dict], n_train: int, n_val: int) -> tuple[dict, dict]:
-    """({split: tokens}, {split: titles}) of whole documents drawn at random; no document is in both splits.
+def draw(lengths: array, wanted: dict[str, int], order: Sequence[int]) -> dict[str, Sequence[int]]:
+    """{split: documents} in this order, until each has its number of tokens; none is in both splits.
 
-    A split ends with the document that brings it to its number of tokens; UserError when they do not suffice.
+    Raises UserError when they do not suffice.
     """
-    random.Random(SEED).shuffle(documents)
-    remaining, tokens, titles = iter(documents), {}, {}
-    for split, wanted in (("val", n_val), ("train", n_train)):
-        arrays, titles[split], missing = [], [], wanted
+    drawn, position = {}, 0
+    for split, missing in wanted.items():
+        first = position
         while missing > 0:
-            document = next(remaining, None)
-            if document is None:
-                raise UserError(f"--tokens: the source lacks {missing:,} {split} tokens; ask for fewer")
-            arrays.append(tokenise([(document["text"], True)], get_tokenizer())[0])
-            titles[split].append(document["title"])
-            missing -= len(arrays[-1])
-        tokens[split] = np.concatenate(arrays)
-    return tokens, titles
+            enough = position < len(order)
+            check(enough, f"--tokens: the source lacks {missing:,} {split} tokens; ask for fewer")
+            missing -= lengths[order[position]]
+            position += 1
+        drawn[split] = order[first:position]
+    return drawn
 
 
 def draw_reviews(source: Path, n_reviews: int) -> list[dict]:
@@ -100,6 +143,21 @@ def draw_reviews(source: Path, n_reviews: int) -> list[dict]:
     return chosen
 
 
+def write_tokens(out: Path, spool: BinaryIO, runs: dict[str, np.ndarray]) -> None:
+    """Write the runs of each split as an .npz or a folder; what was there before stays until all is written."""
+    with ExitStack() as files:
+        if out.suffix == ".npz":
+            file = files.enter_context(atomic_file(out))
+            archive = files.enter_context(zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED))
+            for split in runs:
+                with archive.open(f"{split}.npy", "w", force_zip64=True) as member:
+                    write_runs(member, spool, runs[split])
+        else:
+            out.mkdir(exist_ok=True)
+            for split in runs:
+                write_runs(files.enter_context(atomic_file(out / f"{split}.npy")), spool, runs[split])
+
+
 def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
@@ -109,12 +167,13 @@ def positive_int(text: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("source", type=Path, metavar="SOURCE")
+    parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--config", metavar="NAME", help="the configuration of a dataset that has several")
     parser.add_argument("--prose-only", action="store_true", help="skip stubs, lists, tables and the like")
     for option, text in (
         ("--max-chars-per-document", "cut longer ones at the end of a sentence"),
-        ("--tokens", "draw documents at random until they give N training tokens"),
+        ("--tokens", "take documents, of a file at random, until they give N training tokens"),
         ("--val-tokens", "with --tokens: as many held-out tokens (default: a twentieth)"),
         ("--reviews", "draw N reviews, half of each label, instead of tokens"),
     ):
@@ -124,31 +183,52 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    source, out, max_chars = arguments.source, arguments.out, arguments.max_chars_per_document
-    if not source.is_file() or not out.parent.is_dir():
-        raise UserError(f"{out.parent if source.is_file() else source} does not exist; mend the path")
+    source, out = arguments.source, arguments.out
+    check(source.startswith(HUB) or Path(source).is_file(), f"{source} does not exist; mend the path")
+    check(out.parent.is_dir(), f"{out.parent} does not exist; mend the path")
     if arguments.reviews:
-        reviews = draw_reviews(source, arguments.reviews)
+        reviews = draw_reviews(Path(source), arguments.reviews)
         write_atomically(out, "".join(json.dumps(review) + "\n" for review in reviews))
         print(f"{out}: {len(reviews):,} reviews")
         return
-    if out.suffix != ".npz":
-        raise UserError(f"{out}: a token file ends in .npz; change its name")
-    documents = select_documents(source, max_chars, arguments.prose_only)
-    if arguments.tokens:
-        n_val = arguments.val_tokens or -(-arguments.tokens // 20)
-        tokens, titles = draw_tokens(list(documents), arguments.tokens, n_val)
-        lines = [f"{split}\t{title}\n" for split in titles for title in sorted(titles[split])]
-        write_atomically(out.with_name(f"{out.stem}_titles.txt"), TITLES_HEADER + "".join(lines))
-    else:
-        selected = ((document["text"], True) for document in documents)
-        pieces = selected if max_chars or arguments.prose_only else read_pieces(source)
-        all_tokens, lengths = tokenise(pieces, get_tokenizer())
-        if not lengths:
-            raise UserError(f"{source}: holds no text that the options admit; relax them")
-        tokens = dict(zip(("train", "val"), split_held_out(all_tokens, lengths), strict=True))
-    save_npz(out, compress=True, **tokens)
-    print(f"{out}: {len(tokens['train']):,} train and {len(tokens['val']):,} val tokens")
+    a_file = out.suffix != ".npz" and out.is_file()
+    check(not a_file, f"{out} is a file; write to an .npz or to a folder")
+    with TemporaryFile(dir=out.parent) as spool:
+        runs = choose(arguments, spool)
+        write_tokens(out, spool, runs)
+    if out.is_dir():
+        read_tokens(out, get_tokenizer().n_vocab)  # checks it once, so that training starts at once
+    n_tokens = {split: (runs[split][:, 1] - runs[split][:, 0]).sum() for split in runs}
+    print(f"{out}: {n_tokens['train']:,} train and {n_tokens['val']:,} val tokens")
+
+
+def choose(arguments: argparse.Namespace, spool: BinaryIO) -> dict[str, np.ndarray]:
+    """Put the tokens of all documents into the spool; say which of them are train and val, as (n, 2) runs."""
+    streamed, n_train = arguments.source.startswith(HUB), arguments.tokens
+    n_val = arguments.val_tokens or -(-(n_train or 0) // 20)
+    titles, lengths, n_read = [], array("q"), {"val": 0, "train": 0}
+    total = n_train and n_train + n_val
+    with tqdm(total=total, unit=" tokens", unit_scale=True, disable=None if streamed else True) as bar:
+        for length in tokenise(documents(arguments, titles), get_tokenizer(), spool):
+            bar.update(length)
+            lengths.append(length)
+            n_read["val" if n_read["val"] < n_val else "train"] += length
+            if streamed and n_train and n_read["train"] >= n_train:
+                break
+    check(len(lengths) > 0, f"{arguments.source}: holds no text that the options admit; relax them")
+    if not n_train:
+        return split_held_out(np.array(lengths))
+    order = array("q", range(len(lengths)))
+    if not streamed:
+        random.Random(SEED).shuffle(order)
+    drawn = draw(lengths, {"val": n_val, "train": n_train}, order)
+    if len(titles) == len(lengths):
+        lines = [f"{split}\t{title}\n" for split in drawn for title in sorted(titles[i] for i in drawn[split])]
+        file = arguments.out.with_name(f"{arguments.out.stem}_titles.txt")
+        write_atomically(file, TITLES_HEADER + "".join(lines))
+    ends = np.cumsum(lengths)
+    runs = np.stack([ends - lengths, ends], axis=1)
+    return {split: runs[np.array(drawn[split])] for split in drawn}
 
 
 if __name__ == "__main__":

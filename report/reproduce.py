@@ -34,14 +34,14 @@ from tables import ANSWERS, CONFIGS, OUTPUTS, RESULTS  # noqa: E402
 from variants import GPT2, UntiedLM  # noqa: E402
 
 import train  # noqa: E402
-from data.prepare import prepare  # noqa: E402
+from data import prepare  # noqa: E402
 from model import DecoderLM  # noqa: E402
 from support.checkpoint import load_weights  # noqa: E402
 from support.config import load_config  # noqa: E402
-from support.corpus import read_jsonl, save_npz, tokenise  # noqa: E402
 from support.errors import UserError, check, exit_on_user_error  # noqa: E402
 from support.files import write_atomically  # noqa: E402
 from support.metrics import read_metrics  # noqa: E402
+from support.text import read_jsonl  # noqa: E402
 from support.tokenizer import get_tokenizer  # noqa: E402
 
 WIKIPEDIA, C4 = OUTPUTS / "wikipedia.npz", OUTPUTS / "c4.npz"
@@ -53,14 +53,17 @@ SEEDS = {"1.1": 3, "2.2": 3, "gpt2": 3}  # runs of each setting; one where none 
 def make_data(pages: str, c4: str) -> None:
     """Token files of all Wikipedia pages, 1% held out, and of the C4 documents, the first ones held out."""
     OUTPUTS.mkdir(parents=True, exist_ok=True)
-    options = {"max_chars_per_document": None, "prose_only": False, "tokens": None, "reviews": None}
-    prepare(argparse.Namespace(source=Path(pages), out=WIKIPEDIA, **options))
-    documents = [(record["text"], True) for _, record in read_jsonl(Path(c4))]
+    prepare.main([pages, str(WIKIPEDIA)])
+    tokenizer = get_tokenizer()
+    documents = [
+        np.array([*tokenizer.encode_ordinary(record["text"]), tokenizer.eot_token], np.uint16)
+        for _, record in read_jsonl(Path(c4))
+    ]
     tokens = {
-        split: tokenise(part, get_tokenizer())[0]
+        split: np.concatenate(part)
         for split, part in (("val", documents[:C4_HELD_OUT]), ("train", documents[C4_HELD_OUT:]))
     }
-    save_npz(C4, compress=True, **tokens)
+    np.savez_compressed(C4, **tokens)
     print(f"{C4}: {len(tokens['val']):,} tokens to evaluate on")
 
 

@@ -1,8 +1,6 @@
-"""Model weights: written whole or not at all, read without trusting the file, found when not named."""
+"""Model weights: read without trusting the file, found when not named."""
 
-import dataclasses
 import io
-import math
 import os
 import re
 import zipfile
@@ -11,7 +9,6 @@ from pathlib import Path
 
 import tiktoken
 import torch
-from torch import nn
 
 from model import DecoderLM
 from support.config import ModelConfig, TrainingConfig, load_config
@@ -24,11 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 WRAPPERS = re.compile(r"^((_orig_mod|module)\.)+")  # prefixes that torch.compile and DistributedDataParallel add
 RETRY = "copy it again or train the model anew"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def packed_weights(model: nn.Module) -> memoryview:
-    """The model's state_dict, tensors only, as torch.save writes it."""
-    return packed({key: tensor.detach().cpu() for key, tensor in model.state_dict().items()})
+FIELDS = {  # of the configuration, by the shapes that show them
+    "token_embeddings.weight": ("n_vocab", "n_embd"),
+    "position_embeddings.weight": ("n_positions", "n_embd"),
+}
 
 
 def packed(values: dict) -> memoryview:
@@ -44,8 +40,9 @@ def load_archive(path: Path, least_bytes: float, most_bytes: float, remedy: str 
     Raises UserError when it cannot be read, is damaged (every byte counts in a CRC, which torch.load
     itself does not compare), asks for anything but plain tensors, or unpacks to more or fewer bytes.
     """
+    check(path.is_file(), f"{path}: no such checkpoint; train one with python train.py")
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             n_bytes = sum(entry.file_size for entry in entries)
             check(
@@ -57,14 +54,9 @@ def load_archive(path: Path, least_bytes: float, most_bytes: float, remedy: str 
             check(unique, f"{path}: an entry stands in it twice; {remedy}")  # two readers could read two files
             damaged = archive.testzip()
             check(damaged is None, f"{path}: damaged ('{damaged}' fails its checksum); {remedy}")
-            file.seek(0)
-            values = torch.load(file, map_location="cpu", weights_only=True)
+        values = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; train one with python train.py") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: a folder, not a checkpoint; give the model.pt in it") from None
     except zipfile.BadZipFile:
         raise UserError(f"{path}: no PyTorch checkpoint but {_foreign_kind(path)}; {remedy}") from None
     except Exception as error:  # a foreign or hostile archive fails in a dozen ways; none may run or trace back
@@ -82,9 +74,8 @@ def _foreign_kind(path: Path) -> str:
     with path.open("rb") as file:
         start = file.read(64).lstrip()
     kinds = {b"<": "a web page", b"\x80": "a bare pickle, which could run code", b"PK": "truncated"}
-    if not start:
-        return "empty"
-    return next((kind for magic, kind in kinds.items() if start.startswith(magic)), "foreign or damaged")
+    kind = next((kind for magic, kind in kinds.items() if start.startswith(magic)), "foreign or damaged")
+    return kind if start else "empty"
 
 
 def load_weights(model: DecoderLM, path: str | Path, config: ModelConfig) -> None:
@@ -93,81 +84,50 @@ def load_weights(model: DecoderLM, path: str | Path, config: ModelConfig) -> Non
     Prefixes of compiled or distributed models are stripped, half precision is widened and a missing
     scale_factor, which is no learned weight, stays as the model made it.
     """
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    _fill(model, load_archive(Path(path), *_plausible_bytes(n_parameters)), Path(path), config)
+    n_vocab = model.token_embeddings.num_embeddings
+    _fill(model, _load_plausible(Path(path), config, n_vocab), path, config)
 
 
-def _fill(model: DecoderLM, loaded: dict, path: Path, config: ModelConfig) -> None:
+def _load_plausible(path: Path, config: ModelConfig, n_vocab: int) -> dict:
+    """The archive, if it unpacks to the weights of this configuration, from half to double precision."""
+    n_parameters = config.n_parameters(n_vocab)
+    return load_archive(path, 1.9 * n_parameters, 8.1 * n_parameters + 2**20)  # with its index
+
+
+def _fill(model: DecoderLM, loaded: dict, path: str | Path, config: ModelConfig) -> None:
     """Put what `path` held into the model, or say what does not fit."""
-    wanted = model.state_dict()
     state = {WRAPPERS.sub("", str(key), count=1): value for key, value in loaded.items()}
+    wanted = model.state_dict()
 
-    _compare_fields(state, wanted, config, path)
+    def same(name: str, theirs, ours) -> None:
+        check(
+            theirs == ours,
+            f"{path}: its weights have {name} = {theirs}, but its configuration says {name} = {ours}; "
+            "give the config.yaml that belongs to it",
+        )
+
+    same("n_layer", len({key.split(".")[1] for key in state if key.startswith("blocks.")}), config.n_layer)
     for key, expected in wanted.items():
-        if key not in state and key.endswith("scale_factor"):
-            state[key] = expected
+        if key.endswith("scale_factor"):
+            state.setdefault(key, expected)
         check(key in state, f"{path}: the tensor '{key}' is missing; it is not a checkpoint of this model")
         tensor = state[key]
-        check(
-            _is_plain(tensor) and tensor.shape == expected.shape,
-            f"{path}: '{key}' is {_describe(tensor)} where {_describe(expected)} is expected",
-        )
-        check(
-            bool(torch.isfinite(tensor).all()),
-            f"{path}: '{key}' holds values that are not finite; the run diverged, use another checkpoint",
-        )
+        # A hostile file may hold sparse, nested or empty shells.
+        plain = isinstance(tensor, torch.Tensor) and not tensor.is_nested and tensor.layout == torch.strided
+        plain = plain and tensor.device.type == "cpu" and tensor.dtype in FLOATS
+        check(plain, f"{path}: '{key}' is a {type(tensor).__name__} of another kind; {RETRY}")
+        for name, theirs, ours in zip(FIELDS.get(key, ()), tensor.shape, expected.shape):  # noqa: B905
+            same(name, theirs, ours)
+        found = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+        fits = tensor.shape == expected.shape
+        check(fits, f"{path}: '{key}' is {found}, not of shape {tuple(expected.shape)}; {RETRY}")
+        finite = bool(tensor.isfinite().all())
+        check(finite, f"{path}: '{key}' holds values that are not finite; the run diverged, use another one")
+        if key.endswith("scale_factor"):  # 1 / sqrt(D / H)
+            same("n_head", *(f"{config.n_embd * scale.float() ** 2:.0f}" for scale in (tensor, expected)))
     for key in state:
         check(key in wanted, f"{path}: the tensor '{key:.80}' is unknown; it is not a checkpoint of this model")
     model.load_state_dict(state)
-
-
-def _plausible_bytes(n_parameters: int) -> tuple[float, float]:
-    """What an archive of so many weights may unpack to: from half to double precision, and its index."""
-    return 1.9 * n_parameters, 8.1 * n_parameters + 2**20
-
-
-def _is_plain(value) -> bool:
-    """Whether it is an ordinary tensor of floats; a hostile file may hold sparse, nested or empty shells."""
-    return (
-        isinstance(value, torch.Tensor)
-        and not value.is_nested
-        and value.layout is torch.strided
-        and value.device.type == "cpu"
-        and value.dtype in FLOATS
-    )
-
-
-def _describe(value) -> str:
-    if not _is_plain(value):
-        return f"a {type(value).__name__} of another kind"
-    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
-
-
-def _compare_fields(state: dict, wanted: dict, config: ModelConfig, path: Path) -> None:
-    """Name the first field of the configuration that the shapes contradict."""
-
-    def fields(tensors: dict) -> dict[str, int]:
-        found = {}
-        for key, names in (
-            ("token_embeddings.weight", ("n_vocab", "n_embd")),
-            ("position_embeddings.weight", ("n_positions", "n_embd")),
-        ):
-            if _is_plain(tensors.get(key)) and tensors[key].dim() == 2:
-                found |= dict(zip(names, tensors[key].shape, strict=True))
-        blocks = {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
-        found["n_layer"] = len(blocks)
-        scale = tensors.get("blocks.0.mha.scale_factor")
-        if _is_plain(scale) and scale.numel() == 1 and 0 < float(scale) < math.inf:
-            found["n_head"] = round(config.n_embd * float(scale) ** 2)  # scale = 1 / sqrt(D / H)
-        return found
-
-    theirs, ours = fields(state), fields(wanted)
-    for name in ("n_vocab", "n_embd", "n_positions", "n_layer", "n_head"):
-        if name in theirs and name in ours and theirs[name] != ours[name]:
-            raise UserError(
-                f"{path}: its weights have {name} = {theirs[name]}, but its configuration says "
-                f"{name} = {ours[name]}; give the config.yaml that belongs to it"
-            )
 
 
 @dataclass(frozen=True)
@@ -205,13 +165,13 @@ def load_trained_model(config_path: str | None, checkpoint: str | None) -> Train
         f"{beside}: missing, so the shape of {path} is unknown; name its YAML with --config",
     )
     config = load_config(config_path or str(beside))
-    hardware = choose_hardware()
+    device = choose_hardware().device
     tokenizer = get_tokenizer(config.tokenizer_encoding)
-    n_parameters = config.model_config.n_parameters(tokenizer.n_vocab)
-    loaded = load_archive(path, *_plausible_bytes(n_parameters))  # before a model is built that may not fit
-    model = DecoderLM(tokenizer.n_vocab, **dataclasses.asdict(config.model_config))
+    # Before the model is built, which may not fit into memory.
+    loaded = _load_plausible(path, config.model_config, tokenizer.n_vocab)
+    model = DecoderLM(tokenizer.n_vocab, **vars(config.model_config))
     _fill(model, loaded, path, config.model_config)
-    return TrainedModel(model.to(hardware.device).eval(), config, tokenizer, hardware.device, path, how_found)
+    return TrainedModel(model.to(device).eval(), config, tokenizer, device, path, how_found)
 
 
 def find_checkpoint(config_path: str | None, checkpoint: str | None) -> tuple[Path, str]:
@@ -224,6 +184,6 @@ def find_checkpoint(config_path: str | None, checkpoint: str | None) -> tuple[Pa
     if runs:
         newest = max(runs, key=lambda path: path.stat().st_mtime)
         return Path(os.path.relpath(newest)), "the newest in outputs/; name another to use that"
-    if (ROOT / "model.pt").exists():
-        return Path(os.path.relpath(ROOT / "model.pt")), "it comes with the package; name another to use that"
-    raise UserError("no trained model found; train one with python train.py configs/GPT-tiny.yaml")
+    shipped = Path(os.path.relpath(ROOT / "model.pt"))
+    check(shipped.exists(), "no trained model found; train one with python train.py configs/GPT-tiny.yaml")
+    return shipped, "it comes with the package; name another to use that"

@@ -1,40 +1,45 @@
-"""Training data: token files, text that is tokenised once and cached, and the bundled sample.
+"""Training data: the course's C4 tokens, other token files and folders, texts, and the bundled sample.
 
-A token file is an .npz with the 1-D integer arrays `train` and `val`. Tokens stay in the narrow type of
-their file (uint16 for GPT-2's vocabulary): the course's 520 million tokens are 1 GB so, 4 GB as int64.
+A token folder holds the 1-D integer arrays train.npy and val.npy. It is memory-mapped, so that its size matters
+neither to the memory nor to the start. An .npz cannot be mapped: a large one is turned once, like a text, into
+a folder of uint16, `<name>.tokens` beside it. Its checked.json, written last, holds the sizes and dates of the
+files that were checked: as long as they stay, nothing is checked or made again.
 """
 
-import gzip
-import io
 import json
-import re
+import mmap
 import zipfile
-import zlib
-from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import BinaryIO
 
 import numpy as np
-from tiktoken import Encoding
+from numpy.lib import format as npy
 from tqdm import tqdm
 
-from support.errors import UserError, check
-from support.files import atomic_file
+from support.errors import UserError, check, first_line
+from support.files import atomic_file, write_atomically
+from support.hub import DATA, Unavailable, describe, fetched, writable
+from support.text import read_pieces, split_held_out, tokenise
 from support.tokenizer import get_tokenizer
 
-DATA = Path(__file__).resolve().parent.parent / "data"
-END_OF_TEXT = "<|endoftext|>"
+C4 = ("yimingzhang/llms-hw2", "tokens.npz")  # the course's dataset repository on the Hugging Face Hub, its file
 SAMPLE_NOTE = (
-    "NOTE: no data named and no data/tokens.npz, so this trains on the bundled sample of Wikipedia pages; "
-    "its perplexities are not comparable with C4's."
+    "NOTE: no data named and no data/tokens.npz, and the course's C4 tokens cannot be fetched ({}), so this "
+    "trains on the bundled sample of Wikipedia pages; its perplexities are not comparable with C4's."
 )
-CACHE_FORMAT = 1  # raise it when the split or the tokenisation changes: older caches are then made anew
+SPLITS = ("train", "val")
+LARGE = 1 << 24  # tokens from which on an .npz is not loaded but made a folder
+CHUNK = 1 << 22  # tokens read at once
+FORMAT = 2  # raise it when the split or the tokenisation changes: folders made of texts are then made anew
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Tokens to train on and to evaluate on: 1-D integer arrays (memory-mapped from a folder)."""
+    """Tokens to train on and to evaluate on: 1-D integer arrays, those of a folder memory-mapped."""
 
     name: str
     train: np.ndarray
@@ -52,205 +57,218 @@ class Corpus:
 
 
 def load_corpus(data: str | None, n_vocab: int) -> Corpus:
-    """The corpus that the key or flag `data` names; every token id of a token file is in [0, n_vocab).
+    """The corpus that the key or flag `data` names; every token id is in [0, n_vocab).
 
-    `data` is the path of an .npz, of a folder with train.npy and val.npy, of a .jsonl or .jsonl.gz (field
-    `text`) or of a text file, or 'sample'. None means data/tokens.npz where it exists, else the sample.
-    Raises UserError for what cannot be read or holds no tokens.
+    `data` is the path of an .npz, of a token folder, of a .jsonl or .jsonl.gz (field `text`) or of a text file;
+    'sample'; or 'c4', which is data/tokens.npz, fetched when it is not there. None is c4 where it can be had,
+    else the sample. Raises UserError for what cannot be read or holds no tokens.
     """
-    if data is None and (DATA / "tokens.npz").exists():
-        return Corpus("data/tokens.npz", *read_tokens(DATA / "tokens.npz", n_vocab))
-    if data is None or data == "sample":
-        train, val = read_tokens(DATA / "sample.npz", n_vocab)
-        return Corpus("bundled sample (Wikipedia 2006)", train, val, SAMPLE_NOTE if data is None else None)
+    note = None
+    if data is None or data == "c4":
+        try:
+            return Corpus("C4 (data/tokens.npz)", *read_tokens(fetched(*C4, "tokens.npz"), n_vocab))
+        except Unavailable as error:
+            remedy = "try again with a network, put the file there, or give data: sample"
+            check(data is None, f"data: c4: no data/tokens.npz, and it cannot be fetched ({error}); {remedy}")
+            data, note = "sample", SAMPLE_NOTE.format(error)
+    if data == "sample":
+        return Corpus("bundled sample (Wikipedia 2006)", *read_tokens(DATA / "sample.npz", n_vocab), note)
     path = Path(data)
-    if not path.exists():
-        raise UserError(f"data: {data} does not exist; give a token file, a text or jsonl file, or 'sample'")
-    if path.is_dir() or path.suffix == ".npz":
-        return Corpus(data, *read_tokens(path, n_vocab))
-    return Corpus(data, *tokenise_file(path))
+    known = "a token file or folder, a text or jsonl file, 'sample' or 'c4'"
+    check(path.exists(), f"data: {data} does not exist; give {known}")
+    if not path.is_dir() and path.suffix != ".npz":
+        path = _made_once(path, _tokenise_file, n_vocab)
+    return Corpus(data, *read_tokens(path, n_vocab))
 
 
 def read_tokens(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    """`train` and `val` of an .npz, or of a folder with train.npy and val.npy (memory-mapped), checked."""
-    read = _map_npy if path.is_dir() else _read_npz
-    train, val = read(path, "train"), read(path, "val")
-    for key, tokens in (("train", train), ("val", val)):
-        _check_tokens(tokens, f"{path}: '{key}'", n_vocab)
+    """`train` and `val` of an .npz or of a token folder, checked; UserError says what is wrong with it."""
+    if path.is_dir():
+        return _map_folder(path, n_vocab)
+    members = [_npz_chunks(path, key, n_vocab) for key in SPLITS]
+    if sum(next(member) for member in members) >= LARGE:
+        return _map_folder(_made_once(path, _unpack, n_vocab), n_vocab)
+    train, val = (np.concatenate([*member]) for member in members)
+    describe(path)  # compares it with what was fetched
     return train, val
 
 
-def _map_npy(folder: Path, key: str) -> np.ndarray:
-    path = folder / f"{key}.npy"
+# --- Token folders ------------------------------------------------------------------------------------------
+
+
+class MappedTokens(np.memmap):
+    """Tokens that stay on the disk, however many have been read.
+
+    Pages that were read count as memory of the process, in the end the whole file. So each access gives back
+    what those before it brought in; the system's cache keeps it.
+    """
+
+    def __getitem__(self, index):
+        if self._mmap is not None:
+            self._mmap.madvise(mmap.MADV_DONTNEED)
+        return super().__getitem__(index)
+
+
+def _map_folder(folder: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    files, splits = [folder / f"{key}.npy" for key in SPLITS], []
+    for path in files:
+        try:
+            tokens = npy.open_memmap(path, mode="r")  # never unpickles
+        except Exception as error:  # a foreign file fails in a dozen ways inside numpy; all mean the same here
+            remedy = "a token folder holds train.npy and val.npy"
+            raise UserError(f"{path}: not a numpy array ({first_line(error)}); {remedy}") from None
+        _check_array(tokens.dtype, tokens.shape, path)
+        splits.append(tokens.view(MappedTokens))
+    note = writable(folder / "checked.json")
+    if not _is_noted(note, folder, n_vocab):
+        for path, tokens in zip(files, splits, strict=True):
+            for start in tqdm(range(0, len(tokens), CHUNK), f"checking {path} once", delay=0.5, disable=None):
+                _check_ids(tokens[start : start + CHUNK], path, n_vocab)
+        with suppress(OSError):  # where it cannot be noted, it is checked each time
+            _write_note(note, folder, n_vocab)
+    return splits[0], splits[1]
+
+
+def _stamps(*paths: Path) -> list[list[int]]:
+    return [[path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+def _is_noted(note: Path, folder: Path, n_vocab: int, **facts) -> bool:
+    """Whether the note says that the files in `folder`, as they are now, were checked, and these facts."""
     try:
-        return np.lib.format.open_memmap(path, mode="r")  # never unpickles
-    except Exception as error:  # a foreign file fails in a dozen ways inside numpy; all mean the same here
-        remedy = "a data folder holds train.npy and val.npy"
-        raise UserError(f"{path}: not a numpy array ({_reason(error)}); {remedy}") from None
+        noted = json.loads(note.read_bytes())
+        files = _stamps(folder / "train.npy", folder / "val.npy")
+        return noted == {**noted, **facts, "files": files} and noted["n_vocab"] <= n_vocab
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
-def _read_npz(path: Path, key: str) -> np.ndarray:
-    remedy = "download it again or build it with data/prepare.py"
+def _write_note(note: Path, folder: Path, n_vocab: int, **facts) -> None:
+    note.parent.mkdir(parents=True, exist_ok=True)
+    facts |= {"n_vocab": n_vocab, "files": _stamps(folder / "train.npy", folder / "val.npy")}
+    write_atomically(note, json.dumps(facts, indent=2) + "\n")
+
+
+def _made_once(source: Path, make: Callable[[Path, Path, int], dict], n_vocab: int) -> Path:
+    """The token folder that `make(source, folder, n_vocab)` fills, again only when the source has changed."""
+    folder = writable(source.with_name(f"{source.name}.tokens"))
+    facts = {"format": FORMAT, "made_of": _stamps(source)}
+    if not _is_noted(folder / "checked.json", folder, n_vocab, **facts):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            facts |= make(source, folder, n_vocab)
+            _write_note(folder / "checked.json", folder, n_vocab, **facts)
+        finally:
+            with suppress(OSError):
+                folder.rmdir()  # only if it is empty
+    return folder
+
+
+def _tokenise_file(path: Path, folder: Path, n_vocab: int) -> dict:
+    with TemporaryFile(dir=folder) as spool:
+        lengths = np.array([*tokenise(read_pieces(path), get_tokenizer(), spool)])
+        check(len(lengths) > 0, f"{path}: holds no text to train on; give a file with text")
+        for key, runs in split_held_out(lengths).items():
+            with atomic_file(folder / f"{key}.npy") as file:
+                write_runs(file, spool, runs)
+    return {}
+
+
+def _unpack(path: Path, folder: Path, n_vocab: int) -> dict:
+    print(f"{path} is large: unpacking it once into {folder}, which can be memory-mapped.", flush=True)
+    facts = {"source": json.loads(describe(path))}
+    for key in SPLITS:
+        chunks = _npz_chunks(path, key, n_vocab)
+        length = next(chunks)
+        with atomic_file(folder / f"{key}.npy") as file:
+            write_npy(file, length, tqdm(chunks, key, -(-length // CHUNK), disable=None))
+    return facts
+
+
+def write_runs(file: BinaryIO, spool: BinaryIO, runs: np.ndarray) -> None:
+    """Write runs, (n, 2) starts and ends, of a file of bare uint16 tokens as one .npy."""
+    spool.flush()
+    tokens = np.memmap(spool, dtype="<u2", mode="r").view(MappedTokens)
+    length = int((runs[:, 1] - runs[:, 0]).sum())
+    write_npy(file, length, (tokens[start:end] for start, end in runs))
+
+
+def write_npy(file: BinaryIO, length: int, chunks: Iterable[np.ndarray]) -> None:
+    """Write tokens that come in chunks as one .npy of uint16."""
+    npy.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": (length,)})
+    for chunk in chunks:
+        file.write(chunk.astype("<u2", copy=False).tobytes())
+
+
+# --- Files from outside -------------------------------------------------------------------------------------
+
+
+def _npz_chunks(path: Path, key: str, n_vocab: int) -> Iterator:
+    """The length of an array of tokens in an .npz, then the array itself in chunks, checked."""
     try:
         if not zipfile.is_zipfile(path):
             with path.open("rb") as file:
                 is_html = file.read(64).lstrip().startswith(b"<")
             raise ValueError("it is a web page" if is_html else "it is empty, truncated or no .npz at all")
-        with np.load(path, allow_pickle=False) as archive:
-            if key in archive.files:
-                return np.asarray(archive[key])  # zipfile compares the CRC while numpy reads
-            found = ", ".join(archive.files) or "nothing"
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if f"{key}.npy" not in names:
+                raise ValueError(f"it is missing; found: {', '.join(names) or 'nothing'}")
+            with archive.open(f"{key}.npy") as member:
+                version = npy.read_magic(member)
+                read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+                shape, _, dtype = read_header(member)
+                _check_array(dtype, shape, f"{path}: '{key}'")
+                n_left = shape[0]
+                yield n_left
+                while n_left:
+                    chunk = np.frombuffer(member.read(min(CHUNK, n_left) * dtype.itemsize), dtype)
+                    _check_ids(chunk, f"{path}: '{key}'", n_vocab)  # raises ValueError at the end of the file
+                    n_left -= len(chunk)
+                    yield chunk
+                if member.read(1):  # zipfile compares the CRC at the end of a member
+                    raise ValueError("it is longer than it says")
+    except UserError:
+        raise
     except Exception as error:  # a damaged archive fails in a dozen ways inside zipfile, zlib and numpy
-        raise UserError(f"{path}: '{key}' cannot be read ({_reason(error)}); {remedy}") from None
-    raise UserError(f"{path}: the array '{key}' is missing (found: {found}); {remedy}")
+        remedy = "download it again or build it with data/prepare.py"
+        raise UserError(f"{path}: '{key}' cannot be read ({first_line(error)}); {remedy}") from None
 
 
-def _check_tokens(tokens: np.ndarray, where: str, n_vocab: int) -> None:
-    if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim != 1 or tokens.size == 0:
-        raise UserError(
-            f"{where} has type {tokens.dtype} and shape {tokens.shape}, but tokens are integers in one "
-            "dimension, at least one of them; build the file with data/prepare.py"
-        )
+def _check_array(dtype: np.dtype, shape: tuple[int, ...], where: Path | str) -> None:
+    check(
+        dtype.kind in "iu" and len(shape) == 1 and shape[0] > 0,
+        f"{where} has type {dtype} and shape {shape}, but tokens are integers in one dimension, at least one "
+        "of them; build the file with data/prepare.py",
+    )
+
+
+def _check_ids(tokens: np.ndarray, where: Path | str, n_vocab: int) -> None:
     for extreme in (int(tokens.min()), int(tokens.max())):
-        if not 0 <= extreme < n_vocab:
-            raise UserError(
-                f"{where} holds the token id {extreme}, but the tokenizer's ids are 0 to {n_vocab - 1}; "
-                "tokenise the text with the tokenizer of the configuration"
-            )
+        check(
+            0 <= extreme < n_vocab,
+            f"{where} holds the token id {extreme}, but the tokenizer's ids are 0 to {n_vocab - 1}; "
+            "tokenise the text with the tokenizer of the configuration",
+        )
 
 
-def tokenise_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """`train` and `val` of a text or jsonl file, cached as `<name>.tokens.npz` beside it."""
-    cache = path.with_name(f"{path.name}.tokens.npz")
-    stamp = np.array([CACHE_FORMAT, path.stat().st_size, path.stat().st_mtime_ns])
-    if cached := _read_cache(cache, stamp):
-        return cached
-    tokens, lengths = tokenise(read_pieces(path), get_tokenizer())
-    if not lengths:
-        raise UserError(f"{path}: holds no text to train on; give a file with text")
-    train, val = split_held_out(tokens, lengths)
-    try:
-        save_npz(cache, train=train, val=val, source=stamp)
-    except OSError as error:
-        print(f"The tokens are not cached ({cache}: {error.strerror}): the next run tokenises again.")
-    return train, val
+# --- What a corpus tells ------------------------------------------------------------------------------------
 
 
-def _read_cache(cache: Path, stamp: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    if not cache.is_file():
-        return None
-    try:
-        up_to_date = np.array_equal(_read_npz(cache, "source"), stamp)
-        return read_tokens(cache, get_tokenizer().n_vocab) if up_to_date else None
-    except UserError as error:
-        print(f"The token cache is made anew ({error}).")
-        return None
-
-
-def read_pieces(path: Path) -> Iterator[tuple[str, bool]]:
-    """Pieces of text in file order, each with whether a document ends there; draws a progress bar."""
-    with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-        if path.name.endswith((".jsonl", ".jsonl.gz")):
-            yield from ((record["text"], True) for _, record in read_jsonl(path, bar))
-        else:
-            yield from _read_text(path, bar)
-
-
-def read_jsonl(path: Path, bar: tqdm | None = None) -> Iterator[tuple[int, dict]]:
-    """(line number, object) for a .jsonl or .jsonl.gz; UserError names the line without a string `text`."""
-    for number, line in enumerate(_read_blocks(path, bar, size=None), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); write one object a line") from None
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise UserError(f"{path}, line {number}: no string in the field 'text'; add it or drop the line")
-        yield number, record
-
-
-def _read_text(path: Path, bar: tqdm) -> Iterator[tuple[str, bool]]:
-    """Documents are what stands between literal `<|endoftext|>`; long ones come in several pieces.
-
-    A piece ends before a space or line break that follows another character, since no token of GPT-2's
-    pattern spans such a place: the tokens are those of the whole text.
-    """
-    rest = ""
-    for block in _read_blocks(path, bar, size=1 << 20):
-        *documents, rest = (rest + block).split(END_OF_TEXT)
-        yield from ((document, True) for document in documents)
-        cut = re.match(r".*\S(?=[ \n])", rest, re.DOTALL)
-        if cut:
-            yield cut.group(), False
-            rest = rest[cut.end() :]
-    yield rest, True
-
-
-def _read_blocks(path: Path, bar: tqdm | None, size: int | None) -> Iterator[str]:
-    """Lines, or blocks of `size` characters, of a UTF-8 file that may be compressed with gzip."""
-    try:
-        with path.open("rb") as raw:
-            binary = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-            text = io.TextIOWrapper(binary, encoding="utf-8-sig")
-            while block := text.readline() if size is None else text.read(size):
-                yield block
-                if bar is not None:
-                    bar.update(raw.tell() - bar.n)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert it or give another file") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({_reason(error)}); give another file") from None
-
-
-def tokenise(pieces: Iterable[tuple[str, bool]], tokenizer: Encoding) -> tuple[np.ndarray, list[int]]:
-    """Tokens as one uint16 array, each document followed by `<|endoftext|>`, and the documents' lengths."""
-    tokens, lengths, start = array("H"), [], 0  # array("H"): 2 bytes a token, where a list takes 8 and more
-    for text, document_ends in pieces:
-        if len(tokens) > start or not text.isspace():
-            tokens.extend(tokenizer.encode_ordinary(text))
-        if document_ends and len(tokens) > start:
-            tokens.append(tokenizer.eot_token)
-            lengths.append(len(tokens) - start)
-            start = len(tokens)
-    return np.frombuffer(tokens, dtype=np.uint16), lengths
-
-
-def split_held_out(tokens: np.ndarray, lengths: list[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(train, val): val gets 1% of the tokens but at least the smaller of 65,536 tokens and 10%.
-
-    It gets whole documents, drawn at random, first such as keep it below twice that amount, then below half
-    of all tokens. Where those do not make up the amount, as with a single text, it gets the end.
-    """
-    total = len(tokens)
-    target = max(-(-total // 100), min(65_536, -(-total // 10)))
-    held_out, n_held_out = np.zeros(len(lengths), dtype=bool), 0
-    order = np.random.default_rng(seed).permutation(len(lengths))
-    for limit in (2 * target, total // 2):
-        for document in order:
-            if n_held_out < target and not held_out[document] and n_held_out + lengths[document] <= limit:
-                held_out[document] = True
-                n_held_out += lengths[document]
-    if n_held_out < target:
-        return tokens[:-target], tokens[-target:]
-    is_val = np.repeat(held_out, lengths)
-    return tokens[~is_val], tokens[is_val]
-
-
-def save_npz(path: Path, compress: bool = False, **arrays: np.ndarray) -> None:
-    """Write an .npz; `path` is the old file or the whole new one at every instant. May raise OSError."""
-    with atomic_file(path) as file:
-        (np.savez_compressed if compress else np.savez)(file, **arrays)
+def evenly_spaced(tokens: np.ndarray, at_most: int = 1 << 24) -> Iterator[np.ndarray]:
+    """The tokens in slices of 65,536: all of them, or evenly spaced ones of (about) `at_most` tokens."""
+    starts = range(0, len(tokens), 1 << 16)
+    for start in starts[:: -(-len(tokens) // at_most)]:
+        yield tokens[start : start + (1 << 16)]
 
 
 def unigram_entropy(tokens: np.ndarray, n_vocab: int) -> float:
-    """Entropy in nats of the token frequencies: the loss of a guess that knows only these."""
+    """Entropy in nats of the token frequencies: the loss of a guess that knows only these.
+
+    Of more than 2^24 tokens that many are counted; the entropy comes out lower then, by V / 2^25 nats at most.
+    """
     counts = np.zeros(n_vocab, dtype=np.int64)
-    for start in range(0, len(tokens), 1 << 20):  # a slice widens to 8 MB, the whole corpus to gigabytes
-        counts += np.bincount(tokens[start : start + (1 << 20)].astype(np.int64), minlength=n_vocab)
-    p = counts[counts > 0] / len(tokens)
+    for part in evenly_spaced(tokens):
+        counts += np.bincount(part.astype(np.int64), minlength=n_vocab)
+    p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

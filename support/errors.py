@@ -1,10 +1,8 @@
-"""Errors that a person can mend: a sentence on the screen and an exit status, never a traceback."""
+"""Errors that a person can mend: one sentence and an exit status, never a traceback."""
 
+import os
 import sys
-from contextlib import contextmanager
-from difflib import get_close_matches
-
-from support.streams import unbreakable_output
+from contextlib import contextmanager, suppress
 
 
 class UserError(Exception):
@@ -19,24 +17,38 @@ class RunStopped(UserError):
     status = 1
 
 
+def check(condition: bool, sentence: str) -> None:
+    """Raise UserError with this sentence unless the condition holds."""
+    if not condition:
+        raise UserError(sentence)
+
+
 @contextmanager
 def exit_on_user_error():
     """Print an error as `error: …` to stderr and leave with its exit status; Ctrl-C leaves with 130."""
-    with unbreakable_output():
+    with _unbreakable_output():
         try:
             yield
         except KeyboardInterrupt:
             raise SystemExit(130) from None
         except Exception as error:
-            if is_out_of_memory(error):
-                error = RunStopped(f"out of memory ({first_line(error)}); take a smaller batch_size")
-            elif isinstance(error, OSError):
-                where = error.filename or "a file"
-                error = RunStopped(f"{where}: {error.strerror or first_line(error)}; mend that and try again")
-            elif not isinstance(error, UserError):
+            told = explained(error)
+            if told is None:
                 raise
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(error.status) from None
+            print(f"error: {told}", file=sys.stderr)
+            raise SystemExit(told.status) from None
+
+
+def explained(error: Exception, memory_advice: str = ": take a smaller batch_size") -> UserError | None:
+    """The error as a sentence for the person, or None for one that only a traceback explains."""
+    if isinstance(error, UserError):
+        return error
+    if is_out_of_memory(error):
+        return RunStopped(f"out of memory{memory_advice} ({first_line(error)})")
+    if isinstance(error, OSError):
+        reason = error.strerror or first_line(error)
+        return RunStopped(f"{error.filename or 'a file'}: {reason}; make room or mend it, then try again")
+    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -52,13 +64,38 @@ def first_line(error: BaseException) -> str:
     return " ".join(str(error)[:1000].split())[:120] or type(error).__name__
 
 
-def did_you_mean(name, known) -> str:
-    """The nearest known name as a hint for an error message, or the whole list when none is near."""
-    near = get_close_matches(str(name), known, n=1)
-    return f"did you mean '{near[0]}'?" if near else f"known are: {', '.join(known)}"
+class _Unbreakable:
+    """A text stream that nobody has to read: what it cannot take (`| head -1`, a full disk) is dropped."""
+
+    def __init__(self, stream):
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (None: closed from the start)
+        if hasattr(self._stream, "reconfigure"):
+            self._stream.reconfigure(errors="replace")  # a character that the terminal lacks is no reason to stop
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:  # what stands in its buffer goes nowhere then, also when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
 
 
-def check(condition: bool, sentence: str) -> None:
-    """Raise UserError with this sentence unless the condition holds."""
-    if not condition:
-        raise UserError(sentence)
+@contextmanager
+def _unbreakable_output():
+    """In this block no print fails."""
+    former = sys.stdout, sys.stderr
+    streams = [_Unbreakable(stream) for stream in former]
+    sys.stdout, sys.stderr = streams
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = former
+        for stream in streams:
+            stream.flush()

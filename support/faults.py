@@ -1,4 +1,4 @@
-"""What stops a training run: signals, divergence, lack of memory; and what the person is told then."""
+"""What stops a training run from outside: signals and too little memory."""
 
 import os
 import signal
@@ -7,8 +7,7 @@ from contextlib import suppress
 import torch
 
 from support.config import ModelConfig, TrainingConfig
-from support.distribution import LOST, lost_process
-from support.errors import RunStopped, check, first_line, is_out_of_memory
+from support.errors import check
 
 BYTES_PER_PARAMETER = 16  # float32 weight, gradient and AdamW's two moments
 
@@ -20,7 +19,7 @@ class StopSignals:
     shell's status, 128 + number.
     """
 
-    def __init__(self, announced: bool = True):
+    def __init__(self, announced: bool):
         self.announced = announced
         self.number = 0
         self.deferring = False
@@ -36,7 +35,7 @@ class StopSignals:
 
     def __exit__(self, *_) -> None:
         for number, handler in self._former.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+            signal.signal(number, handler)
 
     def _receive(self, number: int, _frame) -> None:
         self.__exit__()  # a second signal finds the usual handlers
@@ -51,57 +50,25 @@ class StopSignals:
 def check_memory(config: ModelConfig, n_vocab: int, device: torch.device) -> None:
     """Raise UserError when the device cannot hold what training this model needs, however small the batch."""
     n_parameters = config.n_parameters(n_vocab)
-    needed, there = BYTES_PER_PARAMETER * n_parameters, _memory_bytes(device)
-    check(
-        there is None or needed < there,
-        f"model_config: n_embd = {config.n_embd}, n_layer = {config.n_layer} and n_positions = "
-        f"{config.n_positions} make {n_parameters:.3g} parameters; training takes {needed / 1e9:.3g} GB for "
-        f"them, but {device} has {(there or 0) / 1e9:.3g} GB; make the model smaller",
-    )
-
-
-def _memory_bytes(device: torch.device) -> int | None:
-    """All memory of the device, or None where the system does not say."""
+    needed = BYTES_PER_PARAMETER * n_parameters
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf"):
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def explained(error: Exception, config: TrainingConfig, step: int, kept: str) -> RunStopped | None:
-    """What happened in `step` and what helps, or None for an error that is no fault of these kinds.
-
-    `kept` says from where the same command would go on.
-    """
-    if isinstance(error, FloatingPointError):
-        again = f"{kept}, and diverges again unless a key is changed (with --fresh)" if kept else ""
-        return RunStopped(
-            f"diverged: {error}; the weights were not changed by it. Likely remedies: a lower max_lr (now "
-            f"{config.max_lr:g}), more num_warmup_steps (now {config.num_warmup_steps}), or grad_clip "
-            f"(now {config.grad_clip or 'off'}; 1.0 is usual). {again}"
-        )
-    if is_out_of_memory(error):
-        return RunStopped(f"out of memory at step {step}: {_memory_advice(config)}. {kept} ({first_line(error)})")
-    if lost_process(error):
-        return RunStopped(f"{LOST}. {kept}")
-    if isinstance(error, OSError):
-        where, reason = error.filename or config.output_dir, error.strerror or first_line(error)
-        return RunStopped(f"{where} could not be written ({reason}); make room or mend it. {kept}")
-    return None
-
-
-def _memory_advice(config: TrainingConfig) -> str:
-    """The numbers that make up the memory, and the smallest change that keeps the mathematics."""
-    c, m = config, config.model_config
-    numbers = (
-        f"batch_size {c.batch_size} × seq_len {c.seq_len} × n_embd {m.n_embd} × n_layer {m.n_layer} "
-        "is more than fits"
+        there = torch.cuda.get_device_properties(device).total_memory
+    check(
+        needed < there,
+        f"model_config = {vars(config)} makes {n_parameters:.3g} parameters; training takes {needed / 1e9:.3g} GB "
+        f"for them, but {device} has {there / 1e9:.3g} GB; make the model smaller",
     )
+
+
+def memory_advice(c: TrainingConfig) -> str:
+    """The numbers that make up the memory, and the smallest change that keeps the mathematics."""
+    m = c.model_config
+    numbers = f"batch_size {c.batch_size} × seq_len {c.seq_len} × n_embd {m.n_embd} × n_layer {m.n_layer}"
     if c.batch_size == 1:
-        return f"{numbers}; batch_size is 1 already, so make seq_len, n_embd or n_layer smaller"
+        return f"{numbers} is more than fits; make one of the others smaller"
     factor = next(k for k in range(2, c.batch_size + 1) if c.batch_size % k == 0)
     return (
-        f"{numbers}; give --set batch_size={c.batch_size // factor} "
+        f"{numbers} is more than fits; give --set batch_size={c.batch_size // factor} "
         f"grad_accumulation_steps={c.grad_accumulation_steps * factor}, which keeps the mathematics"
     )

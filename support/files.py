@@ -1,7 +1,6 @@
 """Writing files so that a crash never leaves half of one."""
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,7 +22,9 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
             yield file
             _sync(file)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # makes the rename itself durable
+        os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -34,20 +35,10 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the system can open folders (Windows cannot)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def remove_leftovers(path: Path) -> None:
     """Remove what killed processes left of writing `path`. Only for one who holds the folder's lock."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+        leftover.unlink()
 
 
 def write_together(contents: dict[Path, bytes | memoryview]) -> None:
@@ -61,23 +52,10 @@ def write_together(contents: dict[Path, bytes | memoryview]) -> None:
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
     """Replace the file `path` by this text (UTF-8)."""
-    with atomic_file(path) as file:
-        file.write(text.encode())
+    write_together({Path(path): text.encode(errors="replace")})  # half a surrogate pair has no code
 
 
 def json_text(values: dict) -> str:
     """The values as JSON; a float that is not finite becomes null, since JSON has no other word for it."""
-
-    def jsonable(value):
-        if isinstance(value, dict):
-            return {key: jsonable(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [jsonable(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(jsonable(values), indent=2, allow_nan=False) + "\n"
-
-
-def write_json(path: str | os.PathLike, values: dict) -> None:
-    """Replace the file `path` by `json_text(values)`."""
-    write_atomically(path, json_text(values))
+    finite = json.loads(json.dumps(values), parse_constant=lambda word: None)
+    return json.dumps(finite, indent=2) + "\n"

@@ -16,14 +16,16 @@ class MetricsLog:
 
     def __init__(self, path: Path, start_step: int = 0):
         """Begin the file, or keep its rows before start_step when a run is continued. May raise OSError."""
-        rows = [row for row in read_rows(path) if int(row[0]) < start_step] if start_step else []
-        write_atomically(path, "".join(map(_line, [COLUMNS, *rows])))
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if start_step and path.exists() else []
+        done = set(map(str, range(start_step)))
+        kept = [line for line in lines if line.partition(",")[0] in done]
+        write_atomically(path, ",".join(COLUMNS) + "\n" + "".join(kept))
         self._file = path.open("ab", buffering=0)  # unbuffered: what write() took is in the file
         self._pending = b""
 
     def append(self, *row: float) -> None:
         """Add one row, in the order of COLUMNS. Floats are written so that they read back exactly."""
-        self._pending += _line(row).encode()
+        self._pending += (",".join(map(str, row)) + "\n").encode()
         with suppress(OSError):  # kept, and tried again with the next row; `sync` tells
             self._write_pending()
 
@@ -41,30 +43,10 @@ class MetricsLog:
         self._file.close()
 
 
-def _line(row) -> str:
-    return ",".join(map(str, row)) + "\n"
-
-
-def read_rows(path: Path) -> list[list[str]]:
-    """The rows of a metrics.csv without its header, none that a crash cut short or that is foreign."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    rows = [line.split(",") for line in lines[1:-1]]  # what stands after the last line break is no whole row
-    return [row for row in rows if len(row) == len(COLUMNS) and _is_numeric(row)]
-
-
-def _is_numeric(row: list[str]) -> bool:
-    try:
-        return bool([int(row[0]), *map(float, row)])
-    except ValueError:
-        return False
-
-
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
     """The columns of a metrics.csv by name."""
-    columns = np.array(read_rows(path), dtype=float).reshape(-1, len(COLUMNS)).T
-    return dict(zip(COLUMNS, columns, strict=True))
+    rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
+    return dict(zip(COLUMNS, np.array(rows, dtype=float).reshape(-1, len(COLUMNS)).T, strict=True))
 
 
 def area_under_roc(p: np.ndarray, labels: np.ndarray) -> float:
@@ -72,11 +54,8 @@ def area_under_roc(p: np.ndarray, labels: np.ndarray) -> float:
 
     NaN when one class is missing. This is the Mann-Whitney statistic (Hanley and McNeil 1982).
     """
-    values, inverse, counts = np.unique(p, return_inverse=True, return_counts=True)
-    middle_rank = np.cumsum(counts) - (counts - 1) / 2  # the mean rank of tied values, from 1
-    n_positive = int(labels.sum())
-    n_negative = len(labels) - n_positive
-    if n_positive == 0 or n_negative == 0:
+    positive, negative = p[labels == 1], np.sort(p[labels == 0])
+    if not (len(positive) and len(negative)):
         return float("nan")
-    rank_sum = middle_rank[inverse][labels == 1].sum()
-    return float((rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
+    smaller, not_larger = (np.searchsorted(negative, positive, side) for side in ("left", "right"))
+    return float((smaller + not_larger).mean() / (2 * len(negative)))

@@ -11,7 +11,6 @@ INK, TRAIN, RATE, BAD, GOOD = "#333333", "#1f6fb2", "#d98c2b", "#c2513c", "#2f8f
 
 
 def _figure(width: float, height: float, n_rows: int = 1, **kwargs):
-    # Without a home to write to, matplotlib would warn of its cache at every start.
     os.environ.setdefault("MPLBACKEND", "Agg")
     import matplotlib.pyplot as plt
 
@@ -38,14 +37,11 @@ def plot_curve(
     above.plot(steps, metrics["train-loss"], color=TRAIN, linewidth=1.8, label="mean of the last 20 steps")
     above.axhline(ln_vocab, color=INK, linestyle=":", linewidth=1, label=f"uniform guess, ln V = {ln_vocab:.2f}")
     above.axhline(unigram, color=INK, linestyle="--", linewidth=1, label=f"word frequencies only = {unigram:.2f}")
-    if np.isfinite(val_loss):
-        above.plot(steps[-1:], [val_loss], "o", color=GOOD, clip_on=False, label=f"validation = {val_loss:.3f}")
-    above.set_ylabel("loss (nats per token)")
-    above.set_title(title)
+    above.plot(steps[-1:], [val_loss], "o", color=GOOD, clip_on=False, label=f"validation = {val_loss:.3f}")
+    above.set(ylabel="loss (nats per token)", title=title)
     above.legend(frameon=False)
     below.plot(steps, metrics["learning-rate"], color=RATE, linewidth=1.8)
-    below.set_ylabel("learning rate")
-    below.set_xlabel("training step")
+    below.set(ylabel="learning rate", xlabel="training step")
     below.set_ylim(bottom=0)
     below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     _save(figure, path)
@@ -60,14 +56,9 @@ def plot_classification(
     for label, name, colour in ((0, "bad", BAD), (1, "good", GOOD)):
         n = int((labels == label).sum())
         axes.hist(p[labels == label], bins, color=colour, alpha=0.55, label=f"truly {name} ({n} texts)")
-    left, right = axes.get_xlim()
     for (name, boundary), line in zip(boundaries.items(), (":", "--"), strict=True):
-        side = "" if left <= boundary <= right else ", left of here" if boundary < left else ", right of here"
-        axes.axvline(boundary, color=INK, linestyle=line, label=f"boundary {name} = {boundary:.3f}{side}")
-    axes.set_xlim(left, right)
-    axes.set_xlabel('p(positive): share of " good" against " bad" as the next token')
-    axes.set_ylabel("texts")
-    axes.set_title(title)
+        axes.axvline(boundary, color=INK, linestyle=line, label=f"boundary {name} = {boundary:.3f}")
+    axes.set(xlabel='p(positive): share of " good" against " bad" as the next token', ylabel="texts", title=title)
     axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # room for the legend
     axes.legend(frameon=False, loc="upper left")
     _save(figure, path)

@@ -3,45 +3,30 @@
 import json
 from pathlib import Path
 
-from support.errors import UserError
+from support.errors import UserError, check
 
 BUNDLED = Path(__file__).resolve().parent.parent / "prefixs.json"
 
 
 def read_prefixes(path: str | None) -> list[str]:
     """The prefixes in file order (None: the bundled prefixs.json). UserError names a bad entry's place."""
-    path = BUNDLED if path is None else Path(path)
+    where = path = path or BUNDLED
+    entries = {}  # by place
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({reason}); give a JSON list of texts") from None
-    if text.lstrip().startswith("["):
-        try:
-            entries = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise UserError(f"{path}{where}: not valid JSON ({error}); mend the list") from None
-        placed = [(f"entry {number}", entry) for number, entry in enumerate(entries, start=1)]
-    else:
-        placed = []
-        for number, line in enumerate(text.splitlines(), start=1):
-            if line.strip():
-                try:
-                    placed.append((f"line {number}", json.loads(line)))
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{path}, line {number}: not valid JSON ({error}); mend the line") from None
-    if not placed:
-        raise UserError(f"{path}: holds no prefix; give a JSON list of texts")
-    return [_prefix(path, where, entry) for where, entry in placed]
-
-
-def _prefix(path: Path, where: str, entry) -> str:
-    text = entry.get("prefix") if isinstance(entry, dict) else entry
-    if not isinstance(text, str):
-        raise UserError(f'{path}, {where}: {str(entry)[:60]!r} is neither a text nor {{"prefix": text}}')
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{path}, {where}: holds half a surrogate pair, which is no character") from None
-    return text
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith("["):
+            entries = {f"{path}, entry {n}": entry for n, entry in enumerate(json.loads(text), start=1)}
+        else:
+            for n, line in enumerate(text.splitlines(), start=1):
+                where = f"{path}, line {n}"
+                if line.strip():
+                    entries[where] = json.loads(line)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a JSON list of texts") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error}); give a list of texts, or one text a line") from None
+    check(bool(entries), f"{path}: holds no prefix; give a JSON list of texts")
+    prefixes = [entry.get("prefix") if isinstance(entry, dict) else entry for entry in entries.values()]
+    for where, prefix in zip(entries, prefixes, strict=True):
+        check(isinstance(prefix, str), f'{where}: neither a text nor {{"prefix": text}}; mend it')
+    return prefixes

@@ -1,16 +1,16 @@
 """What came of a training run: its files, and what the person reads at the end."""
 
-import dataclasses
 import math
+import os
 from pathlib import Path
 
 import torch
 
-from support import hardware as machine
-from support.checkpoint import packed_weights
+from support.checkpoint import packed
 from support.config import dump_config, load_config
 from support.errors import first_line
 from support.files import json_text, write_together
+from support.hardware import peak_memory_mib
 from support.metrics import read_metrics
 from support.plots import plot_curve
 from support.screen import bold, duration, heading, next_commands, show_facts, show_note, show_text
@@ -20,30 +20,31 @@ EXPECTED_VAL_LOSS = {"smoke": 7.66, "GPT-tiny": 6.90}  # shipped configurations 
 FILES = ("model.pt", "config.yaml", "eval.json", "metrics.csv", "curve.png", "run.json", "training_state.pt")
 
 
-def write_results(run, result: dict[str, float], n_predictions: int, seconds: float) -> dict[str, str]:
+def write_results(run, result: dict[str, float], n_predictions: int) -> dict[str, str]:
     """Write model.pt with its config.yaml, eval.json and run.json, then draw curve.png; return facts to print.
 
-    `seconds` is the time trained. May raise OSError; the former results then stand as they were.
+    May raise OSError; the former results then stand as they were.
     """
     c = run.config
-    seconds_per_step = seconds / c.num_training_steps
-    peak = machine.peak_memory_mib(run.hardware.device)
+    seconds_per_step = run.seconds / c.num_training_steps
+    peak = peak_memory_mib(run.hardware.device)
     measured = {
-        "seconds": seconds,
+        "seconds": run.seconds,
         "tokens-per-second": run.tokens_per_step / seconds_per_step,
-        "tflops": run.flops / seconds / 1e12,
+        "tflops": run.flops / run.seconds / 1e12,
         "matrix-product-tflops": run.matrix_product_rate / 1e12,
         "peak-memory-mib": peak,
         "flops": run.flops,
         "device": run.hardware.name,
         "dtype": str(run.hardware.dtype),
-        "allocator": machine.allocator_name(),
+        "allocator": os.environ.get("LD_PRELOAD") or "system default",  # it decides much of the speed on a CPU
         "torch": torch.__version__,
     }
     evaluation = {**result, "tokens-predicted": n_predictions, "seq_len": c.seq_len}
+    weights = {key: tensor.detach().cpu() for key, tensor in run.model.state_dict().items()}
     write_together(
         {
-            run.folder / "model.pt": packed_weights(run.model),
+            run.folder / "model.pt": packed(weights),
             run.folder / "config.yaml": dump_config(c).encode(),
             run.folder / "eval.json": json_text(evaluation).encode(),
             run.folder / "run.json": json_text(measured).encode(),
@@ -51,12 +52,14 @@ def write_results(run, result: dict[str, float], n_predictions: int, seconds: fl
     )
     try:
         metrics = read_metrics(run.folder / "metrics.csv")
+        if len(metrics["step"]) == 0:
+            raise ValueError("metrics.csv has no row: train() never called on_step")
         title = f"{run.folder.name} on {run.corpus.name}"
         plot_curve(metrics, result["val-loss"], run.ln_vocab, run.unigram, title, run.folder / "curve.png")
     except Exception as error:  # no cache folder, no room, no matplotlib: a picture is no result
-        show_note(f"curve.png could not be drawn ({first_line(error)}); metrics.csv has its numbers.")
+        show_note(f"No curve.png could be drawn: {first_line(error)}")
     return {
-        "trained": f"{c.num_training_steps} steps in {duration(seconds)}, {run.speed(seconds_per_step)}",
+        "trained": f"{c.num_training_steps} steps in {duration(run.seconds)}, {run.speed(seconds_per_step)}",
         "memory": f"{peak:.0f} MiB at the peak",
         "evaluated": f"{n_predictions:,} predicted tokens, seq_len {c.seq_len}",
         "written": f"{run.folder}/ {', '.join(FILES[:-1])}",
@@ -82,26 +85,17 @@ def _meaning(run, val_loss: float) -> str:
     """Where the loss stands between the two guesses, and what was to be expected."""
     if not math.isfinite(val_loss):
         return "The loss is not finite: the run diverged; lower max_lr or lengthen the warm-up."
-    if val_loss >= run.ln_vocab:
-        text = f"No better than a uniform guess ({run.ln_vocab:.2f}): nothing was learned."
-    elif val_loss >= run.unigram:
-        text = (
-            f"Better than a uniform guess ({run.ln_vocab:.2f}), not yet than word frequencies alone "
-            f"({run.unigram:.2f}): train longer or with a higher max_lr."
-        )
+    below_uniform, below_unigrams = run.ln_vocab - val_loss, run.unigram - val_loss
+    text = f"{below_uniform:.2f} below a uniform guess"
+    if below_uniform <= 0:
+        text = "No better than a uniform guess: nothing was learned."
+    elif below_unigrams <= 0:
+        text += ", not yet below word frequencies alone: train longer or with a higher max_lr."
     else:
-        text = (
-            f"{run.ln_vocab - val_loss:.2f} below a uniform guess and {run.unigram - val_loss:.2f} below "
-            "word frequencies alone: the model uses the words before."
-        )
-    expected = EXPECTED_VAL_LOSS.get(run.folder.name)
-    if expected and run.corpus.name.startswith("bundled") and _is_shipped(run):
-        text += f" Expected for this configuration: about {expected:.2f}."
+        text += f" and {below_unigrams:.2f} below word frequencies alone: the model uses the words before."
+    name = run.folder.name
+    if name in EXPECTED_VAL_LOSS and run.corpus.name.startswith("bundled"):
+        shipped = load_config(str(ROOT / "configs" / f"{name}.yaml"))
+        if not run.config.differing(shipped.flat()):
+            text += f" Expected for this configuration: about {EXPECTED_VAL_LOSS[name]:.2f}."
     return text
-
-
-def _is_shipped(run) -> bool:
-    """Whether its configuration is the shipped one of that name, whatever device and data it names."""
-    shipped = load_config(str(ROOT / "configs" / f"{run.folder.name}.yaml"))
-    neutral = {"device": "auto", "data": None, "output_dir": "", "checkpoint_interval": None}
-    return dataclasses.replace(shipped, **neutral) == dataclasses.replace(run.config, **neutral)

@@ -2,17 +2,17 @@
 
 import csv
 import random
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from support.corpus import DATA, read_jsonl
-from support.errors import UserError
+from support.errors import UserError, check, first_line
+from support.hub import DATA, Unavailable, describe, fetched
+from support.text import read_jsonl
 
-YELP = "fancyzhx/yelp_polarity"
-HUB_TIMEOUT_SECONDS = 5
+# The dataset repository on the Hugging Face Hub, and the one file of its test split.
+YELP = ("fancyzhx/yelp_polarity", "plain_text/test-00000-of-00001.parquet")
 LABELS = {"0": 0, "1": 1}
 YELP_LABELS = {"1": 0, "2": 1}  # in the csv files of the original release
 
@@ -32,57 +32,48 @@ def load_reviews(
 ) -> Reviews:
     """The first `limit` shuffled reviews for which `fits(text)` holds; fewer when the data hold fewer.
 
-    `data` is a .csv or .jsonl with text and label, or None: the Yelp polarity test set, or the bundled sample
-    (and a note) where that cannot be had. Raises UserError for a bad file, and when no review fits.
+    `data` is a .csv or .jsonl with text and label; 'yelp', the test split of Yelp polarity, fetched at the first
+    use; or 'sample'. None is yelp where it can be had, else the sample, with a note. Raises UserError for a bad
+    file, and when no review fits.
     """
-    note = None
-    if data is not None:
-        name, reviews = data, list(_read_file(Path(data)))
-    else:
+    name, note, reviews = data, None, None
+    if data is None or data == "yelp":
         try:
-            name, reviews = "Yelp polarity, test split", _load_yelp()
-        except Exception as error:  # no network, cache or disk space, an altered hub: all have this remedy
-            name, reviews = "bundled sample of product reviews", list(_read_file(DATA / "reviews.jsonl"))
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            name, reviews = "Yelp polarity, test split", _read_yelp(fetched(*YELP, "yelp_test.parquet"))
+        except Unavailable as error:
+            remedy = "try again with a network, or give --data sample"
+            check(data is None, f"--data yelp: it is not in data/ and cannot be fetched ({error}); {remedy}")
+            data = "sample"
             note = (
                 "NOTE: this is NOT Yelp but the bundled sample of product reviews, so its accuracies are not "
-                f"comparable with Yelp's; {YELP} could not be loaded ({reason})."
+                f"comparable with Yelp's; {YELP[0]} cannot be fetched ({error})."
             )
+    if data == "sample":
+        name, reviews = "bundled sample of product reviews", list(_read_file(DATA / "reviews.jsonl"))
+    elif reviews is None:
+        reviews = list(_read_file(Path(data)))
     random.Random(seed).shuffle(reviews)
     chosen = list(islice((review for review in reviews if fits(review[0])), limit))
-    if not chosen:
-        raise UserError(f"{name}: none of the {len(reviews)} reviews fits the model; give shorter ones")
+    check(bool(chosen), f"{name}: none of the {len(reviews)} reviews fits the model; give shorter ones")
     texts, labels = zip(*chosen, strict=True)
     return Reviews(name, list(texts), list(labels), note)
 
 
-def _load_yelp() -> list[tuple[str, int]]:
-    import datasets
+def _read_yelp(path: Path) -> list[tuple[str, int]]:
+    from pyarrow import parquet  # comes with datasets
 
-    # Left to itself, the hub's client retries an unreachable server for 23 seconds before it reads the cache.
-    if not datasets.config.HF_HUB_OFFLINE and not _hub_answers():
-        datasets.config.HF_HUB_OFFLINE = True
-    yelp = datasets.load_dataset(YELP, split="test")
-    return list(zip(yelp["text"], yelp["label"], strict=True))
+    describe(path)  # compares it with what was fetched
+    try:
+        columns = parquet.read_table(path, columns=["text", "label"]).to_pydict()
+    except Exception as error:  # a foreign file fails in a dozen ways inside pyarrow
+        remedy = "delete it, and it is fetched again"
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); {remedy}") from None
+    return list(zip(map(_unescape, columns["text"]), columns["label"], strict=True))
 
 
-def _hub_answers() -> bool:
-    from huggingface_hub import constants, get_session
-
-    answers = []
-
-    def ask():
-        try:
-            response = get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_SECONDS)
-            answers.append(response.status_code < 500)
-        except Exception:  # whatever the HTTP client raises: the hub is not there for us
-            answers.append(False)
-
-    # In a thread, because no timeout of an HTTP client bounds the time of the name look-up.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_TIMEOUT_SECONDS)
-    return answers == [True]
+def _unescape(text: str) -> str:
+    """A text of Yelp's original release, which writes line breaks and quotes with a backslash."""
+    return text.replace("\\n", "\n").replace('\\"', '"')
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, int]]:
@@ -113,8 +104,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, int]]:
                 if len(row) not in (0, len(first)):
                     raise UserError(f"{where}: {len(row)} fields, {len(first)} in line 1; quote the text")
                 if row and is_yelp:
-                    unescaped = row[text].replace("\\n", "\n").replace('\\"', '"')
-                    yield _review(unescaped, row[label], YELP_LABELS, where)
+                    yield _review(_unescape(row[text]), row[label], YELP_LABELS, where)
                 elif row:
                     yield _review(row[text], row[label], LABELS, where)
     except csv.Error as error:

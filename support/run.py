@@ -1,13 +1,12 @@
 """One training run around `train`: its folder, screen, metrics, interruption and results."""
 
-import dataclasses
 import math
 import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from tqdm import tqdm
 from support import hardware as machine
 from support.config import TrainingConfig
 from support.corpus import Corpus, unigram_entropy
-from support.distribution import World
-from support.errors import UserError, check
-from support.faults import StopSignals, explained
+from support.distribution import LOST, World, lost_process
+from support.errors import RunStopped, UserError, check, explained
+from support.faults import StopSignals, memory_advice
 from support.files import remove_leftovers
 from support.metrics import MetricsLog
 from support.results import FILES, show_results, write_results
@@ -53,9 +52,9 @@ class Run:
         self.unigram = unigram_entropy(corpus.train, model.n_vocab)
         self.start_step = self._next_step = 0
         self.recent_losses: deque[float] = deque(maxlen=20)  # train() keeps its running mean here
-        self.seconds = 0.0  # trained before an interruption
-        self._where_it_goes_on = ""
-        self._summary: dict | None = None
+        self.seconds = self._seconds_before = 0.0  # trained in all, and before an interruption
+        self._kept = "Nothing was saved yet: the same command starts over"
+        self._result: dict | None = None
         # Until the first state was written and timed: its bytes at 200 MB/s.
         self._save_seconds = 12 * self.n_parameters / 2e8
         optimizer.register_step_pre_hook(self._check_gradients)
@@ -116,56 +115,43 @@ class Run:
     @contextmanager
     def open(self, fresh: bool) -> Iterator["Run"]:
         """Hold the folder, restoring an interrupted run that stands in it, and end in order whatever happens."""
-        with self._locked_folder() if self.leads else nullcontext():
-            with self.world.rank_0_first():
-                wandb_id = self._restore(fresh)
-            self._check_same_start()
-            self._signals = StopSignals(announced=self.leads)
-            self._wandb_id = self._metrics = None
+        with ExitStack() as stack:
             if self.leads:
-                self._wandb_id = start_tracking(self.config, dataclasses.asdict(self.config), wandb_id)
-                self._metrics = MetricsLog(self.folder / "metrics.csv", self.start_step)
-            self._bar = tqdm(
-                total=self.config.num_training_steps,
-                initial=self.start_step,
-                unit="step",
-                dynamic_ncols=True,
-                disable=not (self.leads and sys.stderr.isatty()),
+                self._hold_folder(stack)
+            with self.world.rank_0_first():
+                self._wandb_id = self._restore(fresh)
+            same = len(set(self.world.gather(self.start_step))) == 1
+            check(same, f"output_dir: {self.folder} is not the same folder for all processes; share one")
+            if self.leads:
+                self._wandb_id = start_tracking(self.config, self._wandb_id)
+                stack.callback(lambda: finish_tracking(self._result))
+                self._metrics = stack.enter_context(
+                    closing(MetricsLog(self.folder / "metrics.csv", self.start_step))
+                )
+            total, shown = self.config.num_training_steps, self.leads and sys.stderr.isatty()
+            self._bar = stack.enter_context(
+                tqdm(total=total, initial=self.start_step, unit="step", dynamic_ncols=True, disable=not shown)
             )
+            self._signals = stack.enter_context(StopSignals(announced=self.leads))
+            stack.enter_context(self._explained())
             self._started = self._last_save = time.perf_counter()
-            try:
-                metrics = closing(self._metrics) if self.leads else nullcontext()
-                with self._signals, metrics, closing(self._bar), self._explained():
-                    self._signals.deferring = self.start_step < self.config.num_training_steps
-                    yield self
-            finally:
-                finish_tracking(self._summary)
+            self._signals.deferring = self.start_step < total
+            yield self
 
-    @contextmanager
-    def _locked_folder(self) -> Iterator[None]:
+    def _hold_folder(self, stack: ExitStack) -> None:
         """Keep other processes out of the folder, and refuse one that cannot take the results."""
-        name = f"output_dir: {self.config.output_dir}"
-        lock = FileLock(self.folder / ".lock")  # the system releases it with its owner, however that ends
+        name = f"output_dir: {self.folder}"
         try:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                lock.acquire(timeout=0)
-                self._check_folder(name)
-            except Timeout:
-                raise UserError(f"{name}: another process trains in it; wait for it or choose another") from None
-            except OSError as error:
-                raise UserError(f"{name} cannot be written ({error.strerror}); choose another") from None
-            yield
-        finally:
-            lock.release()
-
-    def _check_folder(self, name: str) -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # The system releases the lock with its owner, however that ends.
+            stack.enter_context(FileLock(self.folder / ".lock", timeout=0))
+        except Timeout:
+            raise UserError(f"{name}: another process trains in it; wait for it or choose another") from None
+        except OSError as error:
+            raise UserError(f"{name} cannot be written ({error.strerror}); choose another") from None
         for file in FILES:
             check(not (self.folder / file).is_dir(), f"{name}/{file} is a folder; remove it")
             remove_leftovers(self.folder / file)
-        probe = self.folder / ".writable"
-        probe.touch()
-        probe.unlink()
         there = self.state_path.stat().st_size if self.state_path.exists() else 0
         # Two states, the old and the new one, of 12 bytes a parameter, and model.pt of 4.
         needed, free = 28 * self.n_parameters - there, shutil.disk_usage(self.folder).free
@@ -179,28 +165,19 @@ class Run:
         """Continue where an interrupted run stood; return the id of its W&B run."""
         if fresh:
             self.state_path.unlink(missing_ok=True)
-        self._data = fingerprint(self.corpus)
+        self.data = fingerprint(self.corpus)
         if not self.state_path.exists():
-            self._where_it_goes_on = "Nothing was saved yet: the same command starts over"
             return None
-        progress = load_state(self.state_path, self.model, self.optimizer, self.config, self._data, self.world)
+        progress = load_state(self)
         self.start_step = self._next_step = progress["step"]
-        self.seconds = progress["seconds"]
+        self.seconds = self._seconds_before = progress["seconds"]
         self.recent_losses.extend(progress["losses"])
         self._saved(self.start_step)
         show_note(f"Continuing the interrupted run from step {self.start_step} (--fresh starts over).")
         return progress["wandb_id"]
 
-    def _check_same_start(self) -> None:
-        first, last = self.world.maximum(-self.start_step, self.start_step)
-        check(
-            -first == last,
-            f"output_dir: {self.config.output_dir} is not the same folder for all processes; "
-            "choose one on a disk that all machines share",
-        )
-
     def _saved(self, step: int) -> None:
-        self._where_it_goes_on = f"{self.state_path} is kept: the same command continues from step {step}"
+        self._kept = f"{self.state_path} is kept: the same command continues from step {step}"
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -208,43 +185,47 @@ class Run:
         try:
             yield
         except (SystemExit, KeyboardInterrupt):
-            print(f"\nStopped. {self._where_it_goes_on}.", flush=True)
+            print(f"\nStopped. {self._kept}.", flush=True)
             raise
         except Exception as error:
-            stopped = explained(error, self.config, self._next_step, self._where_it_goes_on)
-            if stopped is None:
+            c = self.config
+            told = explained(error, f" at step {self._next_step}: {memory_advice(c)}")
+            if isinstance(error, FloatingPointError):
+                told = (
+                    f"diverged: {error}; the weights were not changed by it. Likely remedies, with --fresh: a "
+                    f"lower max_lr (now {c.max_lr:g}), more num_warmup_steps (now {c.num_warmup_steps}), or "
+                    f"grad_clip (now {c.grad_clip or 'off'}; 1.0 is usual)"
+                )
+            elif lost_process(error):
+                told = LOST
+            if told is None:
                 raise
-            raise stopped from error
+            raise RunStopped(f"{told}. {self._kept}") from error
 
     # The training itself
 
-    def _check_gradients(self, optimizer, *_) -> None:
+    def _check_gradients(self, *_) -> None:
         """Before each update: clip, and refuse a gradient that is not finite, while the weights are good."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if not torch.isfinite(norm):
-            lr = optimizer.param_groups[0]["lr"]
-            raise FloatingPointError(
-                f"the gradient's norm is {norm.item()} at step {self._next_step} (learning rate {lr:.3g})"
-            )
+            rate = self.optimizer.param_groups[0]["lr"]
+            at = f"at step {self._next_step} (learning rate {rate:.3g})"
+            raise FloatingPointError(f"the gradient's norm is {norm.item()} {at}")
         if self.config.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
 
     def __call__(self, result) -> None:
         """After each step: a row in metrics.csv, the screen, and from time to time the state."""
         self._next_step = n_steps = result.step + 1
-        flops_per_step = self.flops // self.config.num_training_steps
+        seconds = time.perf_counter() - self._started
+        self.seconds = self._seconds_before + seconds
         if self.leads:
+            flops_per_step = self.flops // self.config.num_training_steps
             self._metrics.append(
-                result.step,
-                n_steps * self.tokens_per_step,
-                n_steps * flops_per_step,
-                result.loss,
-                result.train_loss,
-                result.learning_rate,
+                result.step, n_steps * self.tokens_per_step, n_steps * flops_per_step, *result[1:]
             )
-        seconds_per_step = (time.perf_counter() - self._started) / (n_steps - self.start_step)
-        self._show_progress(result, n_steps, seconds_per_step)
+            self._show_progress(result, seconds / (n_steps - self.start_step))
 
         last = n_steps == self.config.num_training_steps
         # A signal to one process stops all of them, after the same step.
@@ -266,37 +247,34 @@ class Run:
         seconds = float(interval[:-1]) if interval else max(30.0, 100 * self._save_seconds)
         return time.perf_counter() - self._last_save >= seconds
 
-    def _show_progress(self, result, n_steps: int, seconds_per_step: float) -> None:
-        total = self.config.num_training_steps
-        speed = f"{self.tokens_per_step / seconds_per_step:,.0f} tok/s"
-        tflops = f"{self.flops / total / seconds_per_step / 1e12:.3f} TFLOPS"
+    def _show_progress(self, result, seconds_per_step: float) -> None:
+        """The bar on a terminal, elsewhere twenty lines in all."""
+        done, total = self._next_step, self.config.num_training_steps
+        facts = (
+            f"loss {result.train_loss:.3f}  lr {result.learning_rate:.2e}  "
+            f"{self.tokens_per_step / seconds_per_step:,.0f} tok/s  "
+            f"{self.flops / total / seconds_per_step / 1e12:.3f} TFLOPS"
+        )
         if not self._bar.disable:
-            facts = f"loss {result.train_loss:.3f}, lr {result.learning_rate:.2e}, {speed}, {tflops}"
             self._bar.set_postfix_str(facts, refresh=False)
             self._bar.update()
-        elif n_steps % max(1, total // 20) == 0 or n_steps == total:
-            left = duration((total - n_steps) * seconds_per_step)
-            print(
-                f"step {n_steps}/{total}  loss {result.train_loss:.3f}  lr {result.learning_rate:.2e}  "
-                f"{speed}  {tflops}  {left} left",
-                flush=True,
-            )
+        elif done % max(1, total // 20) == 0 or done == total:
+            left = duration((total - done) * seconds_per_step)
+            print(f"step {done}/{total}  {facts}  {left} left", flush=True)
 
     def _save_state(self, next_step: int) -> None:
         started = time.perf_counter()
         random = self.world.gather(random_state(self.hardware.device))
-        if not self.leads:
-            self._saved(next_step)
-            return
         progress = {
             "step": next_step,
             "losses": list(self.recent_losses),
-            "seconds": self.seconds + started - self._started,
+            "seconds": self.seconds,
             "wandb_id": self._wandb_id,
         }
         try:
-            self._metrics.sync()  # first: a state promises the rows of all steps before it
-            save_state(self.state_path, self.model, self.optimizer, self.config, self._data, random, progress)
+            if self.leads:
+                self._metrics.sync()  # first: a state promises the rows of all steps before it
+                save_state(self, random, progress)
             self._saved(next_step)
         except (OSError, MemoryError) as error:
             reason = getattr(error, "strerror", None) or "out of memory"
@@ -308,11 +286,12 @@ class Run:
         """Write the results, drop the state that is then no longer needed, and print what came of it."""
         if not self.leads:
             return
-        seconds = self.seconds + time.perf_counter() - self._started
+        if self._next_step == self.start_step < self.config.num_training_steps:  # train() told of no step
+            self.seconds = time.perf_counter() - self._started
         self._bar.close()
         self._metrics.sync()
-        facts = write_results(self, result, n_predictions, seconds)
+        facts = write_results(self, result, n_predictions)
         self.state_path.unlink(missing_ok=True)
-        self._where_it_goes_on = "The run is finished and its results are written"
-        self._summary = result
+        self._kept = "The run is finished and its results are written"
+        self._result = result
         show_results(self, result, facts, sample)

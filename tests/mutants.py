@@ -142,7 +142,7 @@ FAMILIES = {
     "language model": [
         mistake("no final norm", "DecoderLM", "return self.ln(x)", "return x"),
         mistake("the final norm before the blocks", "DecoderLM", "x = self.embed(input_ids, attention_mask)", "x = self.ln(self.embed(input_ids, attention_mask))", "return self.ln(x)", "return x"),
-        mistake("an output matrix of its own", "DecoderLM", "        self._init_weights()\n", "        self.head = nn.Linear(n_embd, n_vocab, bias=False)\n        self._init_weights()\n", "x @ self.token_embeddings.weight.T", "self.head(x)"),
+        mistake("an output matrix of its own", "DecoderLM", "        self._init_weights()\n", "        self._init_weights()\n        self.head = nn.Linear(n_embd, n_vocab, bias=False)\n", "x @ self.token_embeddings.weight.T", "self.head(x)"),
         mistake("a copy of the embeddings as output matrix", "DecoderLM", "        self._init_weights()\n", "        self._init_weights()\n        self.head = [self.token_embeddings.weight.detach().clone()]\n", "x @ self.token_embeddings.weight.T", "x @ self.head[0].T"),
         mistake("the output matrix detached", "DecoderLM", "self.token_embeddings.weight.T", "self.token_embeddings.weight.detach().T"),
         mistake("a bias on the logits", "DecoderLM", "        self._init_weights()\n", "        self._init_weights()\n        self.bias = nn.Parameter(torch.zeros(n_vocab))\n", "x @ self.token_embeddings.weight.T", "x @ self.token_embeddings.weight.T + self.bias"),

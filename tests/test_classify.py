@@ -22,9 +22,11 @@ def ids_of(text):
 
 
 @torch.no_grad()
-def last_logits(model, rows):
-    """The logits after each row of token ids, one at a time, without padding: N×V."""
-    return torch.stack([model(torch.tensor([row]))[0, -1] for row in rows])
+def last_logits(model, rows, masks=None):
+    """The logits after each row of token ids, one at a time: N×V. Without masks no token is padding."""
+    masks = masks or [[1.0] * len(row) for row in rows]
+    pairs = zip(rows, masks, strict=True)
+    return torch.stack([model(torch.tensor([row]), torch.tensor([mask]))[0, -1] for row, mask in pairs])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -35,9 +37,11 @@ def last_logits(model, rows):
 class TestScore:
     def score(self, model, tokenizer, texts, batch_size):
         got = classify.score(model, torch.device("cpu"), tokenizer, texts, batch_size)
+        assert isinstance(got, torch.Tensor), f"score: expected a tensor N×V, got a {type(got).__name__}"
         assert tuple(got.shape) == (len(texts), EOT + 1), (
             f"score of {len(texts)} texts in batches of {batch_size}: "
             f"expected shape {(len(texts), EOT + 1)}, got {tuple(got.shape)}"
+            + (": is a last, smaller batch lost?" if len(got) < len(texts) else "")
         )
         return got
 
@@ -47,6 +51,9 @@ class TestScore:
             wrong = {
                 "probabilities, not logits": right.softmax(-1),
                 "log-probabilities, not logits": right.log_softmax(-1),
+                "the decoder blocks are skipped": lm.token_logits(
+                    lm.ln(lm.embed(torch.tensor([ids_of(text)])))[:, -1]
+                ),
             }
             if len(text) > 1:
                 wrong["the logits of the first position"] = last_logits(lm, [ids_of(text)[:1]])
@@ -66,8 +73,11 @@ class TestScore:
             "the order of the texts is lost: sorted by length": right[by_length],
             "the order of the texts is lost: sorted by length, longest first": right[by_length[::-1]],
             "padding on the right: the last column is padding": last_logits(
-                lm, [row + pad for pad, row in padded]
+                lm,
+                [row + pad for pad, row in padded],
+                [[1.0] * len(row) + [0.0] * len(pad) for pad, row in padded],
             ),
+            "padding on the right, without an attention_mask": last_logits(lm, [row + pad for pad, row in padded]),
             "padding on the left without an attention_mask": last_logits(lm, [pad + row for pad, row in padded]),
         }
         check_close(
@@ -130,6 +140,7 @@ class TestClassifyBinarySentiment:
         __tracebackhide__ = True
         got = classify.classify_binary_sentiment(logits, [NEGATIVE, POSITIVE], calibrate=calibrate)
         mistakes = {text: wrong for text, wrong in mistakes.items() if wrong != right}
+        assert hasattr(got, "__iter__"), f"{what}: expected {right}, got {got!r}: is the return missing?"
         got = [int(label) for label in got]
         guess = [text for text, wrong in mistakes.items() if wrong == got]
         assert got == right, f"{what}: expected {right}, got {got}" + (
@@ -175,8 +186,18 @@ class TestClassifyBinarySentiment:
             "p(positive) with the median 0.6, calibrated",
             {
                 "calibrate ignored: boundary 0.5": [1] * 9,
-                "the mean in place of the median": [1, 0, 0, 0, 0, 0, 0, 1, 0],
-                "a row is 1 where p(positive) > median, not >=": [1, 0, 1, 1, 1, 0, 0, 1, 0],
+                "the mean, or the middle of the range, in place of the median": [1, 0, 0, 0, 0, 0, 0, 1, 0],
+                "a row is 1 where p(positive) > median, not >=, and not > another quantile": [
+                    1,
+                    0,
+                    1,
+                    1,
+                    1,
+                    0,
+                    0,
+                    1,
+                    0,
+                ],
                 "probabilities of the whole vocabulary, not of the two tokens": [1, 0, 0, 0, 1, 0, 1, 0, 1],
                 "tokens_of_interest is [negative, positive], here swapped": [0, 1, 0, 0, 0, 1, 1, 0, 1],
             },
@@ -216,6 +237,8 @@ class TestClassifyBinarySentiment:
             "p(positive) 0.8 five times, calibrated",
             {
                 "a row is 1 where p(positive) > median, not >=; or calibrate ignored": [1] * 5,
+                "ties broken by order: equal rows must get equal labels": [0, 0, 0, 1, 1],
+                "ties broken by order, the first ones positive": [1, 1, 0, 0, 0],
             },
         )
         self.check(

@@ -30,9 +30,22 @@ def lm(randomise):
 def generate_texts(lm, ascii_tokenizer):
     def generate_texts(prefixes, batch_size=1, max_new_tokens=MAX_NEW, temperature=0.0, model=lm):
         arguments = model, torch.device("cpu"), ascii_tokenizer, list(prefixes), batch_size
-        texts = generate.generate(*arguments, max_new_tokens=max_new_tokens, temperature=temperature)
+        try:
+            texts = generate.generate(*arguments, max_new_tokens=max_new_tokens, temperature=temperature)
+        except (IndexError, ValueError) as error:  # what a model raises for too many tokens
+            n_tokens = max(map(len, prefixes)) + max_new_tokens
+            if n_tokens <= P:
+                raise
+            raise AssertionError(
+                f"{n_tokens} tokens with n_positions = {P}: expected a text, got {error!r}; does the model get "
+                "only the last n_positions tokens and their mask?"
+            ) from error
+        assert isinstance(texts, list) and all(isinstance(text, str) for text in texts), (
+            f"generate: expected a list of texts, got {texts!r:.60}: is each row decoded and returned?"
+        )
         assert len(texts) == len(prefixes), (
-            f"{len(prefixes)} prefixes in batches of {batch_size}: expected as many texts, got {len(texts)}"
+            f"{len(prefixes)} prefixes in batches of {batch_size}: expected as many texts, got {len(texts)}: "
+            "is a last, smaller batch lost?"
         )
         return texts
 
@@ -51,8 +64,11 @@ def with_constant_logits(model, logits: dict[int, float]):
     return model
 
 
-def check_greedy(model, prefix, text, hint="", max_new_tokens=MAX_NEW):
-    """Assert that each token of `text`, and its end, has the highest logit after the P tokens before it."""
+def check_greedy(model, prefix, text, hint="", max_new_tokens=MAX_NEW, n_padding=0):
+    """Assert that each token of `text`, and its end, has the highest logit after the P tokens before it.
+
+    n_padding: the tokens by which the longest prefix of its batch is longer, for the guess alone.
+    """
     __tracebackhide__ = True
     prompt, new = [ord(c) for c in prefix] or [EOT], [ord(c) for c in text]
     after = f"greedy text after {prefix!r}"
@@ -68,13 +84,13 @@ def check_greedy(model, prefix, text, hint="", max_new_tokens=MAX_NEW):
             if i == len(new):
                 guess = hint or "is the last token lost, or does a row end where another does?"
                 raise AssertionError(f"{after}: expected {right} as new token {i}, got its end; {guess}")
-            guess = looks_like(model, prompt, new) or hint or "is each token chosen after all before it?"
+            guess = looks_like(model, prompt, new, n_padding) or hint or "is each token chosen after all before?"
             raise AssertionError(f"{after}, new token {i}: expected {right}, got {chr(got)!r}; {guess}")
 
 
-def looks_like(model, prompt, new) -> str:
+def looks_like(model, prompt, new, n_padding=0) -> str:
     """The usual mistakes that would have given exactly the tokens `new`."""
-    n, places = len(prompt), torch.arange(P)
+    n, places, pad = len(prompt), torch.arange(P), [EOT] * n_padding
 
     def best(ids, mask=None, position=-1, places=places):
         """The arg max at a position, with other rows of the position embeddings where asked."""
@@ -104,6 +120,16 @@ def looks_like(model, prompt, new) -> str:
         "positions of the new tokens are one too low": lambda i, ids: best(ids[-P:], places=too_low),
         "positions of the new tokens are one too high": lambda i, ids: best(ids[-P:], places=too_high),
     }
+    if n_padding:
+        mistakes |= {
+            "padding on the right: the last column is padding": lambda i, ids: best(
+                (ids[:n] + pad + ids[n:])[-P:], ([1] * n + [0] * n_padding + [1] * i)[-P:]
+            ),
+            "padding without an attention_mask": lambda i, ids: best((pad + ids)[-P:]),
+            "attention_mask inverted: 1 is a real token": lambda i, ids: best(
+                (pad + ids)[-P:], ([1] * n_padding + [0] * len(ids))[-P:]
+            ),
+        }
     matching = [
         text
         for text, choice in mistakes.items()
@@ -201,7 +227,8 @@ class TestGenerate:
     def test_greedy_text_within_the_context(self, lm, generate_texts):
         for prefix in PREFIXES:
             room = P - len(prefix)
-            (text,) = generate_texts([prefix], max_new_tokens=room)
+            (text,), (again,) = (generate_texts([prefix], max_new_tokens=room) for _ in range(2))
+            assert text == again, f"T = 0: expected the same text twice, got {text!r}, {again!r}: is it sampled?"
             check_greedy(lm, prefix, text, max_new_tokens=room)
 
     def test_the_window_slides_past_the_context(self, lm, generate_texts):
@@ -222,17 +249,23 @@ class TestGenerate:
         assert not reordered, (
             "texts: expected one for each prefix in its order, got the order of the prefixes lost"
         )
-        for prefix, text in zip(prefixes, texts, strict=True):
-            check_greedy(
-                lm,
-                prefix,
-                text,
-                hint=(f"batches of {batch_size}: pad on the left, mask the padding, extend the mask by each"),
-            )
+        hint = f"batches of {batch_size}: pad on the left, mask the padding, extend the mask by each"
+        if len(set(texts[:batch_size])) == 1:
+            hint = "all rows of a batch get the same tokens: is one token chosen for all of them?"
+        for i, (prefix, text) in enumerate(zip(prefixes, texts, strict=True)):
+            batch = prefixes[i - i % batch_size :][:batch_size]
+            n_padding = min(P, max(map(len, batch))) - min(P, len(prefix))
+            check_greedy(lm, prefix, text, hint, n_padding=n_padding)
 
     def test_an_empty_prefix_starts_from_endoftext(self, lm, generate_texts):
         for prefixes in ([""], ["", "To be"], ["unto the breach", ""]):
-            texts = generate_texts(prefixes, batch_size=2)
+            try:
+                texts = generate_texts(prefixes, batch_size=2)
+            except RuntimeError as error:
+                raise AssertionError(
+                    f"prefixes {prefixes}: expected texts, got {type(error).__name__}: an empty prefix has no "
+                    "token, let it start from <|endoftext|>"
+                ) from error
             for prefix, text in zip(prefixes, texts, strict=True):
                 check_greedy(
                     lm, prefix, text, hint="an empty prefix is one <|endoftext|>, a real token, not padding"
@@ -249,7 +282,10 @@ class TestGenerate:
             )
             check_greedy(lm, prefix, text, hint="a row ends at its own <|endoftext|>, and no row at another's")
         lengths = {len(text) for text in texts}
-        assert len(lengths) > 3 and MAX_NEW in lengths, f"this test needs rows of several lengths, got {lengths}"
+        assert len(lengths) > 3 and MAX_NEW in lengths, (
+            f"rows that end early and late: expected texts of several lengths, got {lengths}: a longer embedding "
+            "of <|endoftext|> must give it a larger logit: is the output matrix tied (question 1.3)?"
+        )
         with_constant_logits(lm, {EOT: 5.0, ord("a"): 0.0})
         texts = generate_texts(prefixes, batch_size=6)
         assert set(texts) == {""}, f"<|endoftext|> first: expected empty texts, got {sorted(set(texts))}"

@@ -89,8 +89,12 @@ class TestQKTV:
         )
         wrong_kT = {name: 2 * value.transpose(2, 3) for name, value in wrong.items()}
         wrong_kT["a view to (HD, S) in place of a transpose"] = 2 * right.reshape(B, H, HD, S)
+        wrong_kT["k, not yet transposed"] = 2 * right
+        wrong_kT["queries in place of keys"] = right.transpose(2, 3)
         check_close(kT, 2 * right.transpose(2, 3), "kT", wrong_kT, hint="kT is B×H×HD×S: keys, last two swapped")
-        check_close(v, 0.5 - right, "v", {name: 0.5 - value for name, value in wrong.items()})
+        wrong_v = {name: 0.5 - value for name, value in wrong.items()}
+        wrong_v |= {"keys in place of values": 2 * right, "queries in place of values": right}
+        check_close(v, 0.5 - right, "v", wrong_v)
 
     def test_each_projection_has_its_own_weights(self, mha):
         x = torch.randn(B, S, D)
@@ -131,11 +135,30 @@ def qkv():
 class TestSelfAttention:
     def test_weights_of_each_query_sum_to_one(self, mha, qkv):
         q, kT, v = qkv
+        scores = q @ kT / math.sqrt(HD)
+
+        def sums(weights):  # (B, H, S, S): what they give over values of 1
+            return merged(weights.sum(dim=-1, keepdim=True).expand(B, H, S, HD))
+
+        wrong = {
+            "softmax runs over the queries, it must run over the keys": sums(
+                scores.masked_fill(~CAUSAL, -torch.inf).softmax(-2)
+            ),
+            "softmax runs over the heads, it must run over the keys": sums(scores.softmax(1) * CAUSAL),
+            "masked after softmax: mask the scores before it": sums(scores.softmax(-1) * CAUSAL),
+            "the causal mask is strict: a token must see itself": torch.ones(B, S, D).index_fill(
+                1, torch.tensor([0]), 0.0
+            ),
+        }
         got = mha.self_attention(q, kT, torch.ones_like(v))
+        assert got is None or got.shape == (B, S, D), (
+            f"self_attention: expected shape {(B, S, D)}, got {tuple(got.shape)}: are the heads merged at the end?"
+        )
         check_close(
             got,
             torch.ones(B, S, D),
             "attention over values that are all 1",
+            wrong,
             hint="each query's weights must sum to 1: does softmax run over the keys, is dropout off here?",
         )
 
@@ -150,7 +173,11 @@ class TestSelfAttention:
             "the causal mask is transposed": merged(sdpa(q, kT, v, CAUSAL.T)),
             "the causal mask is strict: a token must see itself": merged(sdpa(q, kT, v, CAUSAL.tril(-1))),
             "the causal mask is strict, and the first token sees all": merged(sdpa(q_of_strict, kT, v, strict)),
+            "masked scores are 0: make them -inf, or the lowest number, before softmax": merged(
+                (q @ kT / math.sqrt(HD)).masked_fill(~CAUSAL, 0.0).softmax(-1) @ v
+            ),
             "the scores are not scaled by 1/sqrt(HD)": merged(sdpa(q, kT, v, scale=1.0)),
+            "the scores are multiplied by sqrt(HD), not divided": merged(sdpa(q, kT, v, scale=HD**0.5)),
             "the scores are scaled twice": merged(sdpa(q, kT, v, scale=1 / HD)),
             "the scores are scaled by 1/sqrt(D), not 1/sqrt(HD)": merged(sdpa(q, kT, v, scale=D**-0.5)),
             "heads merged without a transpose back to (B, S, H, HD)": right.reshape(B, S, D),
@@ -169,7 +196,7 @@ class TestSelfAttention:
             hint="if only large scores fail, exp overflows: use torch's softmax",
         )  # atol: weights near 0 or 1
 
-    @pytest.mark.parametrize("mask", [LEFT_PADDED, WITH_A_HOLE], ids=["left padding", "a hole"])
+    @pytest.mark.parametrize("mask", [WITH_A_HOLE, LEFT_PADDED], ids=["a hole", "left padding"])
     def test_padded_keys_get_no_weight(self, mha, qkv, mask):
         q, kT, v = qkv
         keys = mask[:, None, None, :].bool()
@@ -185,6 +212,7 @@ class TestSelfAttention:
             ),
             "attention_mask inverted: 1.0 is a real token": rows(sdpa(q, kT, v, CAUSAL & ~keys).nan_to_num()),
             "the causal mask is lost where attention_mask is given": rows(sdpa(q, kT, v, keys)),
+            "row 0's mask is used for every row": rows(sdpa(q, kT, v, CAUSAL & keys[:1]).nan_to_num()),
             "attention_mask added to the scores as it is": rows(
                 sdpa(q, kT, v, torch.where(CAUSAL, mask[:, None, None, :], -torch.inf))
             ),
@@ -471,7 +499,7 @@ class TestEmbed:
             "one position for all tokens of a row": token + position[:1],
             "token embeddings scaled by sqrt(D)": token * math.sqrt(D) + position,
         }
-        check_close(lm.embed(self.ids), token + position, "embed", wrong)
+        check_close(lm.embed(self.ids), token + position, "embed", wrong, hint="is dropout off in eval mode?")
 
     @pytest.mark.parametrize(
         "mask, positions",
@@ -490,7 +518,16 @@ class TestEmbed:
             + self.parts(lm, [[p + 1 for p in row] for row in positions])[1],
             "no positions": token,
         }
-        got = lm.embed(self.ids, mask)
+        if positions[1][1] == 0:  # a hole: row 1's own padding is not on the left
+            left_only = [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+            wrong["only the padding on the left is counted off"] = token + self.parts(lm, left_only)[1]
+        try:
+            got = lm.embed(self.ids, mask)
+        except IndexError as error:
+            raise AssertionError(
+                "embed with padding: expected an embedding, got an IndexError: is the position of padding "
+                "cumsum(mask) - 1 = -1? clamp it to 0"
+            ) from error
         assert got.shape == (B, S, D), f"embed: expected shape {(B, S, D)}, got {tuple(got.shape)}"
         wrong = {name: value[real] for name, value in wrong.items()}
         check_close(got[real], (token + position)[real], "embed of the real tokens, with padding", wrong)
@@ -568,14 +605,20 @@ class TestDecoderLM:
             keys |= {f"blocks.{i}.mha.{name}" for name in linear("q_attn", "k_attn", "v_attn", "proj")}
             keys.add(f"blocks.{i}.mha.scale_factor")
         missing, extra = sorted(keys - set(lm.state_dict())), sorted(set(lm.state_dict()) - keys)
-        assert not missing and not extra, (
-            f"state_dict: missing {missing}, too many {extra}: the output matrix is token_embeddings itself, "
-            "and a mask kept as a buffer needs persistent=False"
+        assert not missing, (
+            f"state_dict: expected {missing[0]} and {len(missing) - 1} more in it, got none of these: is blocks a "
+            "ModuleList, scale_factor a buffer (register_buffer), and every name that of the docstring?"
+        )
+        assert not extra, (
+            f"state_dict: expected nothing more in it, got {', '.join(extra)}: the output matrix is "
+            "token_embeddings itself, and a mask kept as a buffer needs persistent=False"
         )
         # V D + P D embeddings; a block has 12 D² + 13 D; the final LayerNorm 2 D
         right = V * D + P * D + N_LAYER * (12 * D * D + 13 * D) + 2 * D
         got = sum(p.numel() for p in lm.parameters())
-        assert got == right, f"parameters: expected {right}, got {got}: is the output matrix a second one?"
+        one_block = right - (N_LAYER - 1) * (12 * D * D + 13 * D)
+        guess = "one block serves for all layers" if got == one_block else "is the output matrix a second one?"
+        assert got == right, f"parameters: expected {right}, got {got}: {guess}"
 
     def test_initialisation(self):
         n_layer, n_embd = 3, 60
@@ -633,7 +676,12 @@ class TestDecoderLM:
             lm(self.ids),
             lm.token_logits(F.layer_norm(x, (D,), lm.ln.weight, lm.ln.bias)),
             "logits where all blocks add nothing",
-            {"the final ln is skipped": lm.token_logits(x)},
+            {
+                "the final ln is skipped": lm.token_logits(x),
+                "token 0 is taken for padding: only attention_mask says what is": lm.token_logits(
+                    F.layer_norm(lm.embed(self.ids, (self.ids != 0).float()), (D,), lm.ln.weight, lm.ln.bias)
+                ),
+            },
             atol=1e-4,
         )
 
@@ -689,11 +737,17 @@ class TestDecoderLM:
         alone = lm(self.ids[:1, 2:]).detach()
         ids = torch.tensor([[5, 5, 7, 0, 6], [9, 1, 3, 3, 2]])
         padded = lm(ids, LEFT_PADDED).detach()
+        x = lm.embed(ids)
+        for block in lm.blocks:
+            x = block(x, LEFT_PADDED)
         check_close(
             padded[:1, 2:],
             alone,
             "logits of tokens behind padding",
-            {"attention_mask ignored": lm(ids)[:1, 2:].detach()},
+            {
+                "attention_mask ignored": lm(ids)[:1, 2:],
+                "embed does not get attention_mask": lm.token_logits(lm.ln(x))[:1, 2:],
+            },
             hint="do positions count real tokens only, and does every block get the mask?",
             atol=1e-4,
         )

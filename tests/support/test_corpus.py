@@ -1,29 +1,56 @@
 """Training data: what is chosen, how text becomes tokens and splits, and which files are refused."""
 
 import gzip
+import hashlib
+import importlib.util
+import io
 import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from support import corpus as corpus_module
-from support.corpus import DATA, load_corpus, save_npz, split_held_out, unigram_entropy
+from support import hub, text
+from support.corpus import DATA, Corpus, evenly_spaced, load_corpus, unigram_entropy
 from support.errors import UserError
+from support.state import fingerprint
+from support.text import split_held_out, tokenise
 from support.tokenizer import get_tokenizer
 
 N_VOCAB, EOT = 50257, 50256
 
 
+@pytest.fixture(autouse=True)
+def users_cache_folder(tmp_path_factory, monkeypatch):
+    """A cache folder for the test alone."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Make hub.writable take a folder for one that cannot be written, which the superuser's never is."""
+
+    def read_only(folder):
+        access = os.access
+        monkeypatch.setattr(hub.os, "access", lambda path, mode: path != folder and access(path, mode))
+
+    return read_only
+
+
 @pytest.fixture
 def token_file(tmp_path):
     path = tmp_path / "tokens.npz"
-    save_npz(path, train=np.arange(500, dtype=np.uint16), val=np.arange(70, dtype=np.uint16))
+    np.savez(path, train=np.arange(500, dtype=np.uint16), val=np.arange(70, dtype=np.uint16))
     return path
 
 
@@ -40,18 +67,24 @@ def documents_in(tokens):
 # --- which data ---------------------------------------------------------------------------------------------
 
 
-def test_without_data_the_sample_stands_in_loudly(monkeypatch, tmp_path):
+def test_without_data_and_network_the_sample_stands_in_loudly(monkeypatch, tmp_path):
     (tmp_path / "sample.npz").write_bytes((DATA / "sample.npz").read_bytes())
     monkeypatch.setattr(corpus_module, "DATA", tmp_path)
+    monkeypatch.setattr(hub, "DATA", tmp_path)
     corpus = load_corpus(None, N_VOCAB)
     assert "sample" in corpus.note and "not comparable" in corpus.note and "C4" in corpus.note
+    assert "HF_HUB_OFFLINE" in corpus.note, "the note does not say why"
     assert load_corpus("sample", N_VOCAB).note is None, "the person asked for the sample: nothing stands in"
+    with pytest.raises(UserError, match="data: c4.*HF_HUB_OFFLINE.*data: sample"):
+        load_corpus("c4", N_VOCAB)
+    assert [path.name for path in tmp_path.iterdir()] == ["sample.npz"]
 
 
-def test_without_data_the_courses_token_file_is_taken_when_it_is_there(monkeypatch, tmp_path, token_file):
-    monkeypatch.setattr(corpus_module, "DATA", tmp_path)
+@pytest.mark.parametrize("data", [None, "c4"])
+def test_the_courses_token_file_is_taken_when_it_is_there(monkeypatch, tmp_path, token_file, data):
+    monkeypatch.setattr(hub, "DATA", tmp_path)
     monkeypatch.chdir("/")
-    corpus = load_corpus(None, N_VOCAB)
+    corpus = load_corpus(data, N_VOCAB)
     assert (len(corpus.train), corpus.note) == (500, None)
 
 
@@ -66,21 +99,230 @@ def test_bundled_sample_is_what_its_readme_says():
     assert [sum(split == wanted for split, _ in titles) for wanted in pages] == [*map(len, pages.values())]
 
 
-def test_tokens_keep_their_narrow_type(token_file):
-    assert load_corpus(str(token_file), N_VOCAB).train.dtype == np.uint16
+@pytest.mark.parametrize("dtype", ["uint16", "int64", ">i4", "uint64"])
+@pytest.mark.parametrize("large", [False, True])
+def test_tokens_of_any_integer_type_are_read_and_never_widened(tmp_path, monkeypatch, dtype, large):
+    if large:
+        monkeypatch.setattr(corpus_module, "LARGE", 1)
+    tokens = np.array([0, 7, 50256, 300], dtype=dtype)
+    np.savez_compressed(tmp_path / "t.npz", train=tokens, val=tokens[:2])
+    corpus = load_corpus(str(tmp_path / "t.npz"), N_VOCAB)
+    assert (corpus.train.tolist(), corpus.val.tolist()) == ([0, 7, 50256, 300], [0, 7])
+    assert corpus.train.itemsize == (2 if large else tokens.itemsize)
 
 
-def test_folder_is_memory_mapped(tmp_path):
-    np.save(tmp_path / "train.npy", np.arange(300, dtype=np.uint16))
-    np.save(tmp_path / "val.npy", np.arange(30, dtype=np.uint16))
-    corpus = load_corpus(str(tmp_path), N_VOCAB)
+# --- token folders ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def token_folder(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    np.save(folder / "train.npy", np.arange(300, dtype=np.uint16))
+    np.save(folder / "val.npy", np.arange(30, dtype=np.uint16))
+    return folder
+
+
+@pytest.fixture
+def checked_arrays(monkeypatch):
+    """The files whose ids are compared with the vocabulary, one entry for each time."""
+    seen, check_ids = [], corpus_module._check_ids
+    monkeypatch.setattr(
+        corpus_module, "_check_ids", lambda ids, where, n: (seen.append(str(where)), check_ids(ids, where, n))
+    )
+    return seen
+
+
+def test_folder_is_memory_mapped_and_its_ids_are_checked_once(token_folder, checked_arrays):
+    corpus = load_corpus(str(token_folder), N_VOCAB)
     assert isinstance(corpus.train, np.memmap) and corpus.train[299] == 299
-    np.save(tmp_path / "val.npy", np.array(["pickled"], dtype=object))
-    with pytest.raises(UserError, match=r"val\.npy"):
-        load_corpus(str(tmp_path), N_VOCAB)
-    (tmp_path / "val.npy").unlink()
-    with pytest.raises(UserError, match=r"val\.npy"):
-        load_corpus(str(tmp_path), N_VOCAB)
+    assert len(checked_arrays) == 2
+    load_corpus(str(token_folder), N_VOCAB)
+    assert len(checked_arrays) == 2, "an unaltered folder was read as a whole again"
+    with pytest.raises(UserError, match="299.*0 to 298"):  # a smaller vocabulary: the note does not cover it
+        load_corpus(str(token_folder), 299)
+
+    np.save(token_folder / "train.npy", np.array([0, 50257, 1], dtype=np.uint16))
+    with pytest.raises(UserError, match=r"train\.npy holds the token id 50257"):
+        load_corpus(str(token_folder), N_VOCAB)
+    with pytest.raises(UserError, match="50257"):  # a refused file is not noted as checked
+        load_corpus(str(token_folder), N_VOCAB)
+
+
+@pytest.mark.parametrize("note", [b"", b"[1]", b'{"files": 3}', b"\xff"])
+def test_damaged_note_is_no_note(token_folder, checked_arrays, note):
+    (token_folder / "checked.json").write_bytes(note)
+    assert len(load_corpus(str(token_folder), N_VOCAB).train) == 300
+    assert len(checked_arrays) == 2
+
+
+def test_note_of_a_read_only_folder_goes_to_the_cache_folder(token_folder, checked_arrays, read_only):
+    read_only(token_folder)
+    for _ in range(2):
+        assert len(load_corpus(str(token_folder), N_VOCAB).train) == 300
+    assert len(checked_arrays) == 2, "checked again"
+    assert sorted(path.name for path in token_folder.iterdir()) == ["train.npy", "val.npy"]
+
+
+def test_folder_that_is_noted_nowhere_is_checked_each_time(token_folder, checked_arrays, monkeypatch, read_only):
+    read_only(token_folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    for _ in range(2):
+        assert len(load_corpus(str(token_folder), N_VOCAB).train) == 300
+    assert len(checked_arrays) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("val", np.array(["pickled"], dtype=object), "not a numpy array"),
+        ("val", np.ones((2, 3), dtype=np.int32), r"shape \(2, 3\)"),
+        ("train", np.ones(5), "float64"),
+        ("train", np.ones(5, dtype="m8[s]"), "timedelta"),
+        ("train", b"<html>", "not a numpy array"),
+        ("train", b"", "not a numpy array"),
+        ("val", None, "not a numpy array.*holds train.npy and val.npy"),
+    ],
+)
+def test_folder_with_a_foreign_file_is_refused(token_folder, name, content, message):
+    path = token_folder / f"{name}.npy"
+    path.unlink()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, content)
+    with pytest.raises(UserError, match=message) as refusal:
+        load_corpus(str(token_folder), N_VOCAB)
+    assert str(path) in str(refusal.value)
+
+
+def test_truncated_folder_is_refused(token_folder):
+    load_corpus(str(token_folder), N_VOCAB)
+    path = token_folder / "train.npy"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"train\.npy"):
+        load_corpus(str(token_folder), N_VOCAB)
+
+
+def resident_file_pages() -> int:
+    """KiB of files that are mapped into this process and resident."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssFile"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_reading_a_folder_does_not_make_it_resident(token_folder):
+    np.save(token_folder / "train.npy", np.zeros(20_000_000, dtype=np.uint16))
+    tokens = load_corpus(str(token_folder), N_VOCAB).train
+    before = resident_file_pages()
+    for start in range(0, len(tokens), 1 << 20):
+        assert tokens[start : start + (1 << 20)].max() == 0
+        assert tokens[np.arange(start, start + 99)].sum() == 0
+    assert resident_file_pages() - before < 8_000, "of 40 MB that were read, more than one slice stays resident"
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures what Linux calls resident")
+def test_soak_memory_and_start_do_not_depend_on_the_size_of_the_corpus(tmp_path):
+    code = """
+import resource, sys, time
+import numpy as np
+import support.corpus
+from support.state import fingerprint
+from train import random_batch_sampler
+started = time.perf_counter()
+corpus = support.corpus.load_corpus(sys.argv[1], 50257)
+support.corpus.unigram_entropy(corpus.train, 50257), fingerprint(corpus)
+seconds = time.perf_counter() - started
+batches = random_batch_sampler(corpus.train, "cpu", 64, 256)
+for _ in range(1000):
+    assert next(batches).shape == (64, 256)
+print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+    seconds, megabytes = {}, {}
+    for name, n_tokens in (("small", 2_000_000), ("large", 2_000_000_000)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for split, length in (("train", n_tokens), ("val", 100_000)):
+            with (folder / f"{split}.npy").open("wb") as file:
+                corpus_module.write_npy(file, length, [])
+                file.truncate(file.tell() + 2 * length)  # zeros that take no room on the disk
+        load_corpus(str(folder), N_VOCAB)  # the first time checks all of it
+        command = [sys.executable, "-c", code, str(folder)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=DATA.parent, check=True)
+        seconds[name], megabytes[name] = map(float, result.stdout.split())
+    print(f"\nstart-up {seconds} s, peak memory {megabytes} MiB")
+    assert seconds["large"] < 1
+    # The 64 rows of one batch may bring in a page of 2 MiB each. All 1,000 batches would bring in 4 GB.
+    assert megabytes["large"] < megabytes["small"] + 64 * 2 + 32, "what was read stays resident"
+
+
+# --- large .npz files ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large_token_file(token_file, monkeypatch):
+    """The token file, taken for one that is too large to be loaded, and read in several chunks."""
+    monkeypatch.setattr(corpus_module, "LARGE", 100)
+    monkeypatch.setattr(corpus_module, "CHUNK", 64)
+    return token_file
+
+
+def test_large_npz_is_unpacked_once(large_token_file, capsys, monkeypatch):
+    first = load_corpus(str(large_token_file), N_VOCAB)
+    assert isinstance(first.train, np.memmap) and first.train.dtype == np.uint16
+    assert (first.train.tolist(), first.val.tolist()) == ([*range(500)], [*range(70)])
+    assert "unpacking it once" in capsys.readouterr().out
+    note = json.loads((large_token_file.parent / "tokens.npz.tokens" / "checked.json").read_text())
+    content = large_token_file.read_bytes()
+    assert note["source"] == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "_unpack", lambda *_: pytest.fail("unpacked again"))
+        patch.setattr(corpus_module, "_check_ids", lambda *_: pytest.fail("checked again"))
+        assert np.array_equal(load_corpus(str(large_token_file), N_VOCAB).train, first.train)
+
+    np.savez(large_token_file, train=np.arange(9, 609), val=np.arange(70))
+    assert load_corpus(str(large_token_file), N_VOCAB).train.tolist() == [*range(9, 609)], "the former tokens"
+
+
+def test_unpacking_that_was_killed_is_done_again(large_token_file, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "_write_note", killed)
+        with pytest.raises(KeyboardInterrupt):
+            load_corpus(str(large_token_file), N_VOCAB)
+    (large_token_file.parent / "tokens.npz.tokens" / "train.npy").write_bytes(b"half")
+    assert load_corpus(str(large_token_file), N_VOCAB).train.tolist() == [*range(500)]
+
+
+def test_what_is_made_of_a_file_in_a_read_only_folder_goes_to_the_cache_folder(
+    large_token_file, read_only, users_cache_folder
+):
+    read_only(large_token_file.parent)
+    corpus = load_corpus(str(large_token_file), N_VOCAB)
+    assert len(corpus.train) == 500 and users_cache_folder in Path(corpus.train.filename).parents
+    assert [path.name for path in large_token_file.parent.iterdir()] == ["tokens.npz"]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int64])
+def test_large_npz_with_a_foreign_id_is_refused_and_leaves_nothing(large_token_file, dtype):
+    tokens = np.arange(500).astype(dtype)
+    tokens[400] = 50257
+    np.savez(large_token_file, train=tokens, val=tokens[:70])
+    with pytest.raises(UserError, match="'train' holds the token id 50257"):
+        load_corpus(str(large_token_file), N_VOCAB)
+    assert [path.name for path in large_token_file.parent.iterdir()] == ["tokens.npz"]
+
+
+def test_large_npz_that_is_damaged_is_refused(large_token_file):
+    content = bytearray(large_token_file.read_bytes())
+    content[600] ^= 1  # among the tokens of train
+    large_token_file.write_bytes(content)
+    with pytest.raises(UserError, match="'train' cannot be read.*CRC"):
+        load_corpus(str(large_token_file), N_VOCAB)
 
 
 # --- text to tokens -----------------------------------------------------------------------------------------
@@ -89,14 +331,16 @@ def test_folder_is_memory_mapped(tmp_path):
 def test_long_text_read_in_blocks_gives_the_tokens_of_the_whole(tmp_path, monkeypatch):
     draw = random.Random(7)
     parts = ["word", " word", "  ", "\n", "\n\n", "1234", "don't", "é", "<|", "。", "\t", "\u00a0", "\x1c"]
-    text = "".join(draw.choices(parts, k=4000)) + "<|endoftext|> second\n\n" + "x y" * 99
+    characters = "".join(draw.choices(parts, k=4000)) + "<|endoftext|> second\n\n" + "x y" * 99
     path = tmp_path / "text.txt"
-    path.write_bytes(text.encode())
-    read = corpus_module._read_blocks
-    monkeypatch.setattr(corpus_module, "_read_blocks", lambda path, bar, size: read(path, bar, 13))
-    tokens, lengths = corpus_module.tokenise(corpus_module.read_pieces(path), get_tokenizer())
-    first, second = text.split("<|endoftext|>")
-    assert tokens.tolist() == [*encode(first), EOT, *encode(second), EOT], "a piece was cut inside a token"
+    path.write_bytes(characters.encode())
+    read = text._read_blocks
+    monkeypatch.setattr(text, "_read_blocks", lambda path, size: read(path, 13))
+    spool = io.BytesIO()
+    lengths = [*tokenise(text.read_pieces(path), get_tokenizer(), spool)]
+    tokens = np.frombuffer(spool.getvalue(), np.uint16).tolist()
+    first, second = characters.split("<|endoftext|>")
+    assert tokens == [*encode(first), EOT, *encode(second), EOT], "a piece was cut inside a token"
     assert lengths == [len(encode(first)) + 1, len(encode(second)) + 1]
 
 
@@ -112,10 +356,10 @@ def test_text_file_splits_at_literal_end_of_text_and_holds_out_whole_documents(t
 
 def test_single_text_holds_out_its_last_part(tmp_path):
     path = tmp_path / "novel.txt"
-    text = "".join(f"Sentence number {i} of a long novel. " for i in range(300))
-    path.write_text(text)
+    novel = "".join(f"Sentence number {i} of a long novel. " for i in range(300))
+    path.write_text(novel)
     corpus = load_corpus(str(path), N_VOCAB)
-    tokens = [*encode(text), EOT]
+    tokens = [*encode(novel), EOT]
     assert [*corpus.train, *corpus.val] == tokens
     assert len(corpus.val) == math.ceil(len(tokens) / 10)
 
@@ -143,51 +387,45 @@ def test_jsonl_keeps_a_literal_end_of_text_as_characters(tmp_path, name):
 )
 def test_held_out_amount(n_documents, length, target):
     tokens = np.repeat(np.arange(n_documents, dtype=np.uint16), length)
-    train, val = split_held_out(tokens, [length] * n_documents)
+    runs = split_held_out(np.full(n_documents, length))
+    train, val = (np.concatenate([tokens[start:end] for start, end in runs[key]]) for key in ("train", "val"))
     assert target <= len(val) < target + length
     assert not set(np.unique(train)) & set(np.unique(val)), "a document is in both splits"
     assert len(train) + len(val) == len(tokens)
 
 
 def test_one_huge_document_among_small_ones_never_starves_training():
-    tokens, lengths = np.zeros(100_000, dtype=np.uint16), [99_000, 400, 600]
-    train, val = split_held_out(tokens, lengths)
-    assert (len(train), len(val)) == (90_000, 10_000)
+    runs = split_held_out(np.array([99_000, 400, 600]))
+    assert {key: run.tolist() for key, run in runs.items()} == {"train": [[0, 90_000]], "val": [[90_000, 100_000]]}
 
 
-# --- the cache ----------------------------------------------------------------------------------------------
+# --- tokens of a text are kept ------------------------------------------------------------------------------
 
 
-def test_cache_is_reused_only_for_the_same_source(tmp_path, monkeypatch):
+def test_tokens_of_a_text_are_reused_only_for_the_same_source(tmp_path, monkeypatch):
     path = tmp_path / "text.txt"
     path.write_text("A first text. " * 50)
     first = load_corpus(str(path), N_VOCAB)
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_module, "tokenise", lambda *_: pytest.fail("tokenised again despite the cache"))
+        patch.setattr(corpus_module, "tokenise", lambda *_: pytest.fail("tokenised again"))
         again = load_corpus(str(path), N_VOCAB)
     assert np.array_equal(again.train, first.train) and np.array_equal(again.val, first.val)
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "text.txt.tokens"}
 
     path.write_text("Another text! " * 50)  # the same size, another time
     os.utime(path, ns=(1, 1))
     assert "Another" in get_tokenizer().decode(load_corpus(str(path), N_VOCAB).train.tolist())
 
 
-def test_damaged_cache_is_made_anew(tmp_path):
+@pytest.mark.parametrize("file", ["train.npy", "checked.json"])
+def test_damaged_tokens_of_a_text_are_made_anew(tmp_path, file):
     path = tmp_path / "text.txt"
     path.write_text("Some text. " * 50)
-    first = load_corpus(str(path), N_VOCAB)
-    (tmp_path / "text.txt.tokens.npz").write_bytes(b"PK\x03\x04 torn")
-    assert np.array_equal(load_corpus(str(path), N_VOCAB).train, first.train)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt", "text.txt.tokens.npz"], "a file was left"
-
-
-def test_trains_without_a_cache_where_none_can_be_written(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "text.txt"
-    path.write_text("Some text. " * 50)
-    (tmp_path / "text.txt.tokens.npz").mkdir()  # not even the superuser can rename a file onto a folder
-    assert len(load_corpus(str(path), N_VOCAB).train) > 100
-    output = capsys.readouterr().out
-    assert "not cached" in output and output.count("\n") == 1
+    first = np.array(load_corpus(str(path), N_VOCAB).train)
+    (tmp_path / "text.txt.tokens" / file).write_bytes(b"torn")
+    assert np.array_equal(load_corpus(str(path), N_VOCAB).train, first)
+    made = {path.name for path in (tmp_path / "text.txt.tokens").iterdir()}
+    assert made == {"train.npy", "val.npy", "checked.json"}
 
 
 # --- refused files ------------------------------------------------------------------------------------------
@@ -209,7 +447,7 @@ def test_hostile_npz_is_refused_with_file_and_reason(tmp_path, token_file):
         "empty": ({"train": good, "val": good[:0]}, r"'val'.*\(0,\)"),
         "negative": ({"train": good, "val": good - 1}, "'val'.* -1"),
         "too large": ({"train": good + (N_VOCAB - 49), "val": good}, f"{N_VOCAB}.*0 to {N_VOCAB - 1}"),
-        "missing key": ({"train": good, "valid": good}, "'val' is missing.*valid"),
+        "missing key": ({"train": good, "valid": good}, r"'val'.*missing; found: train\.npy, valid\.npy"),
         "pickle": ({"train": np.array([Bomb()]), "val": good}, "'train'"),
     }
     for name, (content, message) in arrays.items():
@@ -288,7 +526,7 @@ def test_missing_path_is_refused(tmp_path):
         load_corpus(str(tmp_path / "nowhere.txt"), N_VOCAB)
 
 
-# --- entropy and prepare.py ---------------------------------------------------------------------------------
+# --- entropy, fingerprint and prepare.py --------------------------------------------------------------------
 
 
 def test_unigram_entropy_by_hand():
@@ -298,25 +536,134 @@ def test_unigram_entropy_by_hand():
     assert unigram_entropy(even, 11) == pytest.approx(math.log(11))
 
 
-def test_prepare_draws_whole_documents_and_repeats_itself(tmp_path):
+def test_evenly_spaced_slices():
+    tokens = np.arange(1 << 20)
+    assert np.array_equal(np.concatenate([*evenly_spaced(tokens)]), tokens)
+    assert np.array_equal(np.concatenate([*evenly_spaced(tokens[:99_999])]), tokens[:99_999])
+    parts = [*evenly_spaced(tokens, at_most=1 << 18)]
+    assert [part[0] >> 16 for part in parts] == [0, 4, 8, 12] and {len(part) for part in parts} == {1 << 16}
+
+
+def test_fingerprint_depends_on_the_tokens_and_not_on_their_type():
+    tokens = np.random.default_rng(0).integers(0, 50257, 70_000)
+    first = fingerprint(Corpus("a", tokens, tokens[:9]))
+    assert first == fingerprint(Corpus("b", tokens.astype(np.uint16), tokens[:9].astype(">u4")))
+    assert first != fingerprint(Corpus("a", tokens, tokens[:8]))
+    tokens[69_999] ^= 1
+    assert first != fingerprint(Corpus("a", tokens, tokens[:9]))
+
+
+@pytest.fixture
+def prepare(capsys):
+    """prepare(*arguments) runs data/prepare.py; it returns the exit status and what was printed."""
+    spec = importlib.util.spec_from_file_location("prepare", DATA / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments) -> tuple[int, str]:
+        try:
+            module.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().err
+        return 0, capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def pages(tmp_path):
+    """A jsonl of 200 pages with titles."""
     source = tmp_path / "pages.jsonl"
     with source.open("w") as file:
         for i in range(200):
-            text = f"Page {i} opens. " + "More of it follows here. " * (i % 40)
-            file.write(json.dumps({"title": f"T{i}", "text": text}) + "\n")
-    command = [sys.executable, str(DATA / "prepare.py"), str(source)]
-    options = ["--tokens", "3000", "--val-tokens", "400", "--max-chars-per-document", "300"]
+            content = f"Page {i} opens. " + "More of it follows here. " * (i % 40)
+            file.write(json.dumps({"title": f"T{i}", "text": content}) + "\n")
+    return source
+
+
+def test_prepare_draws_whole_documents_and_repeats_itself(tmp_path, pages, prepare):
+    options = ["--tokens", 3000, "--val-tokens", 400, "--max-chars-per-document", 300]
     for name in ("a.npz", "b.npz"):
-        subprocess.run([*command, str(tmp_path / name), *options], check=True, cwd=tmp_path)
+        assert prepare(pages, tmp_path / name, *options)[0] == 0
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     corpus = load_corpus(str(tmp_path / "a.npz"), N_VOCAB)
     train, val = documents_in(corpus.train), documents_in(corpus.val)
     assert 3000 <= len(corpus.train) < 3100 and 400 <= len(corpus.val) < 500
-    assert max(map(len, train + val)) <= 300 and all(text.rstrip().endswith(".") for text in train + val)
+    assert max(map(len, train + val)) <= 300 and all(page.rstrip().endswith(".") for page in train + val)
     titles = (tmp_path / "a_titles.txt").read_text().splitlines()[1:]
-    drawn = {(split, text.split()[1]) for split, texts in (("train", train), ("val", val)) for text in texts}
+    drawn = {(split, page.split()[1]) for split, found in (("train", train), ("val", val)) for page in found}
     assert {tuple(line.split("\tT")) for line in titles} == drawn
 
-    too_many = [*command, str(tmp_path / "c.npz"), "--tokens", "99999"]
-    refusal = subprocess.run(too_many, capture_output=True, text=True)
-    assert refusal.returncode == 2 and "--tokens" in refusal.stderr and not (tmp_path / "c.npz").exists()
+    assert prepare(pages, tmp_path / "folder", *options)[0] == 0
+    folder = load_corpus(str(tmp_path / "folder"), N_VOCAB)
+    assert np.array_equal(folder.train, corpus.train) and np.array_equal(folder.val, corpus.val)
+
+    status, error = prepare(pages, tmp_path / "c.npz", "--tokens", 99999)
+    assert status == 2 and "--tokens" in error and not (tmp_path / "c.npz").exists()
+
+
+def test_prepare_holds_out_as_training_on_the_source_itself_does(tmp_path, pages, prepare):
+    status, shown = prepare(pages, tmp_path / "out")
+    direct, prepared = (load_corpus(str(path), N_VOCAB) for path in (pages, tmp_path / "out"))
+    assert np.array_equal(direct.train, prepared.train) and np.array_equal(direct.val, prepared.val)
+    assert status == 0 and f"{len(prepared.train):,} train and {len(prepared.val):,} val tokens" in shown
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"train.npy", "val.npy", "checked.json"}
+
+
+def test_prepare_reads_a_text_file_and_cuts_only_records(tmp_path, prepare):
+    source = tmp_path / "tales.txt"
+    source.write_text("<|endoftext|>".join(f"Tale {i} is short." for i in range(40)))
+    assert prepare(source, tmp_path / "tales.npz", "--tokens", 50)[0] == 0
+    corpus = load_corpus(str(tmp_path / "tales.npz"), N_VOCAB)
+    tales = documents_in(corpus.train) + documents_in(corpus.val)
+    assert all(re.fullmatch(r"Tale \d+ is short\.", tale) for tale in tales) and len(set(tales)) == len(tales)
+    assert not (tmp_path / "tales_titles.txt").exists(), "a text has no titles"
+    assert prepare(source, tmp_path / "no.npz", "--prose-only")[0] == 2
+
+
+def test_prepare_refuses_what_it_cannot_do_and_writes_nothing(tmp_path, pages, prepare):
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "taken").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for arguments, message in (
+        (["nowhere.txt", tmp_path / "out"], "nowhere.txt does not exist"),
+        ([pages, tmp_path / "no" / "out"], "no does not exist"),
+        ([pages, tmp_path / "taken"], "taken is a file"),
+        ([tmp_path / "empty.txt", tmp_path / "out"], "no text"),
+        ([pages, tmp_path / "out", "--prose-only"], "no text that the options admit"),
+        ([pages, tmp_path / "out", "--tokens", "0"], "not a whole number above 0"),
+        ([pages, tmp_path / "out", "--reviews", "10"], "pages.jsonl, line 1: label None"),
+    ):
+        status, error = prepare(*arguments)
+        assert status == 2 and message in error
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_prepare_cuts_at_a_sentence_and_keeps_prose(tmp_path, prepare):
+    sentence = "The river rises in the hills and runs to the sea past the old towns of the plain, as ever. "
+    records = [
+        {"title": "River", "text": sentence * 20},
+        {"title": "Timeline of rivers", "text": sentence * 20},
+        {"title": "Stub", "text": sentence},
+        {"title": "Word", "text": "x" * 5000},
+    ]
+    source = tmp_path / "pages.jsonl"
+    source.write_text("\n".join(map(json.dumps, records)))
+    assert prepare(source, tmp_path / "prose", "--prose-only")[0] == 0
+    corpus = load_corpus(str(tmp_path / "prose"), N_VOCAB)
+    assert np.concatenate([corpus.train, corpus.val]).tolist() == [*encode(sentence * 20), EOT]
+    assert prepare(source, tmp_path / "cut", "--max-chars-per-document", 200)[0] == 0
+    corpus = load_corpus(str(tmp_path / "cut"), N_VOCAB)
+    texts = documents_in(np.concatenate([corpus.train, corpus.val]))
+    assert sorted(texts) == sorted([(sentence * 2).strip()] * 2 + [sentence, "x" * 200])
+
+
+def test_prepare_draws_reviews_of_both_labels(tmp_path, prepare):
+    source = tmp_path / "reviews.jsonl"
+    records = [{"text": f"this is review {i % 30}", "label": i % 2} for i in range(40)]
+    source.write_text("\n".join(map(json.dumps, [*records, {"text": "too short", "label": 1}])))
+    status, shown = prepare(source, tmp_path / "out.jsonl", "--reviews", 20)
+    assert status == 0 and shown.endswith("out.jsonl: 20 reviews\n")
+    drawn = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len({review["text"] for review in drawn}) == 20 and sum(review["label"] for review in drawn) == 10
+    assert "too few" in prepare(source, tmp_path / "more.jsonl", "--reviews", 32)[1]

@@ -11,12 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_run import ROOT, TinyRun, at_batches, processes, wait_until
+from tiny_run import ROOT, TinyRun, at_batches, leave_out_what_is_slow, processes, wait_until
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import train
 from model import DecoderLM
-from support import hardware, results
 from support.distribution import LOST, World, join_world, lost_process
 from support.errors import UserError
 
@@ -41,8 +40,7 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
 def _in_rank(variables: dict, log: Path, function, args: tuple) -> None:
     os.environ.update(variables)
     torch.set_num_threads(1)
-    hardware.matrix_product_rate = lambda hardware: 1e12  # neither takes part in anything here
-    results.plot_curve = lambda *args: None
+    leave_out_what_is_slow(pytest.MonkeyPatch())  # for good: this process has but one run to make
     sys.stdout = sys.stderr = log.open("a", buffering=1)
     os.dup2(sys.stdout.fileno(), 2)
     function(*args)
@@ -242,8 +240,9 @@ def torchrun(tiny: TinyRun, *options: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
-def test_signal_to_torchrun_saves_once(tmp_path, number):
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_soak_signal_to_torchrun_saves_once(tmp_path, number):
     tiny = TinyRun(tmp_path, num_training_steps=100_000, checkpoint_interval=90_000)
     process = torchrun(tiny)
     wait_until(lambda: tiny.rows() > 2 or process.poll() is not None)

@@ -14,28 +14,25 @@ import warnings
 
 import pytest
 import torch
-from tiny_run import TinyRun, at_batches
+from tiny_run import TinyRun, at_batches, leave_out_what_is_slow
 
 import train
 from model import DecoderLM
-from support import hardware, results, run, tracking
+from support import results, run, tracking
 from support.checkpoint import load_archive
 from support.config import ModelConfig
-from support.files import atomic_file, write_json
-from support.metrics import COLUMNS, MetricsLog, read_rows
+from support.files import atomic_file, json_text
+from support.metrics import COLUMNS, MetricsLog
 
 resource = pytest.importorskip("resource", reason="this system has no resource limits")
 
 
+plot_curve = results.plot_curve
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Leave out the speed measurement, which takes seconds and has no part in any fault."""
-    monkeypatch.setattr(hardware, "matrix_product_rate", lambda hardware: 1e12)
-
-
-@pytest.fixture
-def no_picture(monkeypatch):
-    monkeypatch.setattr(results, "plot_curve", lambda *args: None)
+    leave_out_what_is_slow(monkeypatch)
 
 
 @contextlib.contextmanager
@@ -110,14 +107,13 @@ def test_gradient_that_is_not_finite(tmp_path, monkeypatch, capsys):
     assert load_archive(tiny.state, 0, 1e9)["progress"]["step"] == 3
 
 
-def test_json_is_valid_whatever_the_numbers(tmp_path):
-    path = tmp_path / "eval.json"
-    write_json(path, {"val-perplexity": float("inf"), "deep": {"list": [float("nan"), 1.5]}})
+def test_json_is_valid_whatever_the_numbers():
+    text = json_text({"val-perplexity": float("inf"), "deep": {"list": [float("nan"), 1.5]}})
 
     def refuse(word):
         raise AssertionError(f"{word} is no JSON")
 
-    assert json.loads(path.read_text(), parse_constant=refuse) == {
+    assert json.loads(text, parse_constant=refuse) == {
         "val-perplexity": None,
         "deep": {"list": [None, 1.5]},
     }
@@ -128,7 +124,7 @@ def test_json_is_valid_whatever_the_numbers(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory bind on Linux only")
 @pytest.mark.parametrize("arguments", [[], ["--dry-run"]])
-def test_out_of_memory_names_the_numbers_and_the_remedy(tmp_path, capsys, no_picture, arguments):
+def test_out_of_memory_names_the_numbers_and_the_remedy(tmp_path, capsys, arguments):
     tiny = TinyRun(tmp_path, batch_size=300_000, grad_accumulation_steps=1, num_training_steps=3)
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
@@ -156,7 +152,7 @@ def test_model_that_no_memory_holds_is_refused_at_once(tmp_path, capsys):
     tiny = TinyRun(tmp_path)
     assert tiny.main("--set", "model_config.n_embd=4000000") == 2
     error = capsys.readouterr().err
-    assert "model_config" in error and "n_embd = 4000000" in error and error.count("\n") == 1
+    assert "model_config" in error and "'n_embd': 4000000" in error and error.count("\n") == 1
 
 
 def test_number_of_parameters_is_that_of_the_model():
@@ -168,7 +164,7 @@ def test_number_of_parameters_is_that_of_the_model():
 # --- disk ------------------------------------------------------------------------------------------------
 
 
-def test_disk_full_while_saving(tmp_path, monkeypatch, capsys, small_disk, no_picture):
+def test_disk_full_while_saving(tmp_path, monkeypatch, capsys, small_disk):
     tiny = TinyRun(tmp_path, output_dir=small_disk / "out", checkpoint_interval=1)
     whole = TinyRun(tmp_path / "whole")
     assert whole.main() == 0
@@ -190,22 +186,21 @@ def test_disk_full_while_saving(tmp_path, monkeypatch, capsys, small_disk, no_pi
     assert tiny.results() == whole.results(), "the run with the full disk lost something"
 
 
-def test_disk_full_at_the_end(tmp_path, monkeypatch, capsys, small_disk, no_picture):
+def test_disk_full_at_the_end(tmp_path, monkeypatch, capsys, small_disk):
     whole = TinyRun(tmp_path / "whole")
     assert whole.main() == 0
     tiny = TinyRun(tmp_path, output_dir=small_disk / "out")
     assert tiny.main("--set", "max_lr=0.1") == 0
     former = tiny.results()
-    monkeypatch.setattr(train, "evaluate", filling(train.evaluate, small_disk))
-    assert tiny.main() == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", filling(train.evaluate, small_disk))
+        assert tiny.main() == 1
     captured = capsys.readouterr()
     assert "No space left on device" in captured.err and "continues from step 6" in captured.err, captured.err
     assert captured.err.count("\n") == 1 and tiny.leftovers() == []
     for name in ("model.pt", "eval.json"):
         assert (tiny.out / name).read_bytes() == former[name], f"the former {name} is no longer what it was"
     (small_disk / "filler").unlink()
-    monkeypatch.undo()
-    monkeypatch.setattr(hardware, "matrix_product_rate", lambda hardware: 1e12)
     assert tiny.main() == 0
     assert tiny.results() == whole.results()
 
@@ -227,7 +222,7 @@ def test_too_little_disk_is_refused_before_training(tmp_path, capsys, small_disk
     assert not (tiny.out / "metrics.csv").exists()
 
 
-def test_file_size_limit_while_saving_and_at_the_end(tmp_path, monkeypatch, capsys, no_picture):
+def test_file_size_limit_while_saving_and_at_the_end(tmp_path, monkeypatch, capsys):
     """Where no small disk can be mounted, a limit on the size of files makes the same writes fail."""
     tiny = TinyRun(tmp_path, checkpoint_interval=2)
     with limit(resource.RLIMIT_FSIZE, 1 << 20):
@@ -278,7 +273,7 @@ def test_metrics_wait_for_room(tmp_path):
                 log.append(*row)
             with pytest.raises(OSError, match="too large"):
                 log.sync()
-            assert len(read_rows(path)) == 5, "a row that is cut short is no row"
+            assert path.read_bytes().count(b"\n") == 6, "the limit should have cut the sixth row in its middle"
         for row in rows[12:]:
             log.append(*row)
         log.sync()
@@ -286,7 +281,7 @@ def test_metrics_wait_for_room(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_state_is_not_saved_before_the_rows_that_it_promises(tmp_path, monkeypatch, capsys, no_picture):
+def test_state_is_not_saved_before_the_rows_that_it_promises(tmp_path, monkeypatch, capsys):
     logs = []
     monkeypatch.setattr(run, "MetricsLog", lambda *args: logs.append(MetricsLog(*args)) or logs[-1])
     tiny = TinyRun(tmp_path, checkpoint_interval=2)
@@ -359,19 +354,18 @@ def test_file_or_folder_in_the_way_is_refused_before_training(tmp_path, capsys, 
 
 def test_closed_stdout_and_unwritable_home(tmp_path):
     """`python train.py … | head -1`, with neither a home nor a cache folder."""
-    tiny = TinyRun(tmp_path, num_training_steps=40)
+    tiny = TinyRun(tmp_path, num_training_steps=20)
     nowhere = dict.fromkeys(("HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"), "/proc/nowhere")
     reader, writer = os.pipe()
-    process = subprocess.Popen(
-        tiny.command(), stdout=writer, stderr=subprocess.PIPE, text=True, env={**os.environ, **nowhere}
-    )
+    environment = {**os.environ, **nowhere, "PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen(tiny.command(), stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(writer)
     assert os.read(reader, 1)
     os.close(reader)
     assert process.wait(timeout=120) == 0, process.stderr.read()
     error = process.stderr.read()
     assert "Traceback" not in error and "BrokenPipe" not in error, error
-    assert tiny.rows() == 41 and (tiny.out / "curve.png").exists()
+    assert tiny.rows() == 21 and (tiny.out / "curve.png").exists()
 
 
 PROGRAM = """
@@ -387,19 +381,21 @@ with exit_on_user_error():
 
 
 @pytest.mark.parametrize(
-    ("output", "encoding", "shown"),
+    ("output", "unbuffered", "encoding", "shown"),
     [
-        (">&- 2>&-", "utf-8", b""),
-        ("> /dev/full 2>&1", "utf-8", b""),
-        ("", "ascii", b"? a note"),
-        ("", "utf-8", "─ a note".encode()),
+        (">&- 2>&-", "", "utf-8", b""),
+        ("> /dev/full 2>&1", "", "utf-8", b""),
+        ("> /dev/full 2>&1", "1", "utf-8", b""),
+        ("", "", "ascii", b"? a note"),
+        ("", "", "utf-8", "─ a note".encode()),
     ],
-    ids=["closed", "full", "without the character", "good"],
+    ids=["closed", "full", "full, unbuffered", "without the character", "good"],
 )
-def test_standard_output(tmp_path, output, encoding, shown):
+def test_standard_output(tmp_path, output, unbuffered, encoding, shown):
     if "full" in output and not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
-    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": os.path.dirname(train.__file__)}
+    environment = {"PYTHONIOENCODING": encoding, "PYTHONPATH": os.path.dirname(train.__file__)}
+    environment = {**os.environ, **environment, "PYTHONUNBUFFERED": unbuffered}
     (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
     shell = ["sh", "-c", f"exec '{sys.executable}' program.py {output}"]
     process = subprocess.run(shell, capture_output=True, cwd=tmp_path, env=environment)
@@ -410,10 +406,25 @@ def test_standard_output(tmp_path, output, encoding, shown):
 
 def test_picture_that_cannot_be_drawn_costs_nothing(tmp_path, monkeypatch, capsys):
     tiny = TinyRun(tmp_path)
+    monkeypatch.setattr(results, "plot_curve", plot_curve)
     monkeypatch.setattr(train, "evaluate", making_the_picture_a_folder(train.evaluate, tiny.out))
     assert tiny.main() == 0
-    assert "curve.png could not be drawn" in capsys.readouterr().out
+    assert "No curve.png could be drawn" in capsys.readouterr().out
     assert (tiny.out / "model.pt").exists() and not tiny.state.exists()
+
+
+def test_train_that_never_calls_on_step_ends_without_a_curve(tmp_path, monkeypatch, capsys):
+    """A student's train() may ignore the hook: then there are no rows, and nothing else is lost."""
+    plain = train.train
+    monkeypatch.setattr(results, "plot_curve", plot_curve)
+    monkeypatch.setattr(train, "train", lambda *args, on_step, **keys: plain(*args, **keys))
+    tiny = TinyRun(tmp_path)
+    assert tiny.main() == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("train() never called on_step") == 1
+    assert tiny.rows() == 1 and not (tiny.out / "curve.png").exists() and not tiny.state.exists()
+    assert json.loads((tiny.out / "run.json").read_text())["seconds"] > 0
+    assert json.loads((tiny.out / "eval.json").read_text())["val-loss"] > 0
 
 
 def making_the_picture_a_folder(function, out):
@@ -466,7 +477,7 @@ def hangs(*args, **kwargs):
         ("finish", hangs, "did not take all (no answer in"),
     ],
 )
-def test_wandb_failing_is_one_warning(tmp_path, monkeypatch, wandb, no_picture, name, fault, words):
+def test_wandb_failing_is_one_warning(tmp_path, monkeypatch, wandb, name, fault, words):
     calls = []
     monkeypatch.setattr(wandb, "init", lambda **kwargs: setattr(wandb, "run", FakeRun()))
     monkeypatch.setattr(wandb, "log", lambda *args, **kwargs: None)
@@ -483,7 +494,7 @@ def test_wandb_failing_is_one_warning(tmp_path, monkeypatch, wandb, no_picture, 
     assert time.monotonic() - started < 10 and tiny.rows() == 7
 
 
-def test_wandb_without_login_asks_for_none(tmp_path, monkeypatch, wandb, no_picture):
+def test_wandb_without_login_asks_for_none(tmp_path, monkeypatch, wandb):
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("HOME", str(tmp_path))  # without a netrc file
     monkeypatch.delenv("NETRC", raising=False)

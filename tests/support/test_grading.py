@@ -1,12 +1,18 @@
 """Question 2.6 is graded with `python train.py CONFIG --evaluate model.pt --data test.npz`."""
 
+import json
 import math
+import os
 import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_run import KEYS, TinyRun
+from tiny_run import KEYS, ROOT, TinyRun
 
 import train
 from model import DecoderLM
@@ -49,3 +55,24 @@ def test_a_test_set_shorter_than_a_row_is_refused(graded, capsys):
     np.savez(folder / "short.npz", train=np.arange(20), val=np.arange(SEQ_LEN - 1))
     assert run.main("--evaluate", str(folder / "model.pt"), "--data", str(folder / "short.npz")) == 2
     assert "short.npz" in capsys.readouterr().err
+
+
+@pytest.mark.soak
+def test_the_commands_of_the_guide_grade_a_zip_file(graded, tmp_path):
+    run, folder, loss = graded
+    for name in ("tests", "train.py"):  # what the commands call in the package's folder
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "test.npz").symlink_to(folder / "test.npz")
+    with zipfile.ZipFile(tmp_path / "ada.zip", "w") as archive:
+        for name in ("model.py", "train.py", "generate.py", "classify.py"):
+            archive.write(ROOT / "tests" / "plain" / name, name)
+        archive.write(folder / "model.pt", "model.pt")
+        archive.write(run.config, "config.yaml")
+    (commands,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "grading.md").read_text(), flags=re.DOTALL)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    bash = subprocess.run(
+        ["bash", "-ec", commands], cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True
+    )
+    assert bash.returncode == 0, bash.stdout + bash.stderr
+    assert json.loads((tmp_path / "graded" / "results.json").read_text())["score"] == 65
+    assert f"loss {loss:.4f} nats per token" in bash.stdout, bash.stdout

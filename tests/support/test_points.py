@@ -46,7 +46,10 @@ def test_all_points_when_all_tests_pass(run):
 
 def test_no_points_when_one_fails(run):
     out, points = run(body="assert 1 + 1 == 3, 'expected 3, got 2'")
-    out.fnmatch_lines(["1.3 * embed * 1 of 2 * 0 / 5", "total * 0 / 5"])
+    first_line = "*TestEmbed::test_two: AssertionError: expected 3, got 2"
+    out.fnmatch_lines(
+        ["FAILED *", "1.3 * embed * 1 of 2 * 0 / 5", first_line, "total * 0 / 5"]
+    )  # the points come last
     assert points["tests"][0]["output"].startswith("TestEmbed::test_two: AssertionError: expected 3, got 2")
 
 
@@ -65,8 +68,32 @@ def test_a_deselected_test_leaves_its_group_undecided(run):
 
 def test_a_file_that_does_not_load_costs_only_its_own_groups(run):
     out, points = run(test_train="this is not Python")
-    out.fnmatch_lines(["1.3 * embed * 5 / 5", "2.1 * train * 0 / 4 * could not be loaded*", "total * 5 / 25"])
+    told = "* test_train.py could not be loaded: *"
+    out.fnmatch_lines(["1.3 * embed * 5 / 5", "2.1 * train * 0 / 4", told, "total * 5 / 25"])
     assert points["score"] == 5
+
+
+TRAIN = """
+import pytest
+
+@pytest.mark.question("2.1", "train")
+def test_loop():
+    {body}
+"""
+
+
+def test_files_run_in_the_order_of_the_questions_and_the_model_is_to_be_mended_first(run):
+    out, _ = run(body="assert False", test_train=TRAIN.format(body="assert False"), test_env="def test_e(): pass")
+    out.fnmatch_lines(["test_env.py .*", "test_model.py .F*", "test_train.py F*", "what is wrong in the model *"])
+
+
+def test_a_loop_without_end_fails_its_test_only(run, monkeypatch):
+    plugin = Path(__file__).resolve().parent.parent / "points.py"
+    text = plugin.read_text(encoding="utf-8").replace("PER_TEST = 30", "PER_TEST = 0.2")
+    Path("conftest.py").write_text(text, encoding="utf-8")
+    assert "PER_TEST = 0.2" in text
+    out, points = run(test_train=TRAIN.format(body="while True: pass"))
+    out.fnmatch_lines(["*expected an answer, got none in 0.2 s: does a loop never end?*", "total * 5 / 9"])
 
 
 def test_an_unknown_group_is_an_error(run):

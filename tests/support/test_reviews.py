@@ -1,15 +1,10 @@
 """Reviews: formats, labels, the choice of those that fit, and the stand-in for Yelp."""
 
 import json
-import sys
-import threading
-import time
-import types
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from support import reviews as reviews_module
+from support import hub
 from support.errors import UserError
 from support.reviews import load_reviews
 
@@ -105,76 +100,16 @@ def test_no_review_that_fits_is_refused(numbered):
         load(numbered, fits=lambda text: False)
 
 
-# --- Yelp and its stand-in ----------------------------------------------------------------------------------
+# --- Yelp's stand-in (test_hub.py has Yelp itself) ----------------------------------------------------------
 
 
-@pytest.fixture
-def fake_datasets(monkeypatch):
-    """A `datasets` of two reviews that notes how it was asked."""
-    module = types.ModuleType("datasets")
-    module.config = types.SimpleNamespace(HF_HUB_OFFLINE=False)
-    module.calls = []
-
-    def load_dataset(name, split):
-        module.calls.append((name, split, module.config.HF_HUB_OFFLINE))
-        return {"text": ["awful", "lovely"], "label": [0, 1]}
-
-    module.load_dataset = load_dataset
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    return module
-
-
-@pytest.mark.parametrize("answers", [True, False])
-def test_yelp_comes_from_the_hub_or_else_from_the_cache(fake_datasets, monkeypatch, answers):
-    monkeypatch.setattr(reviews_module, "_hub_answers", lambda: answers)
-    reviews = load_reviews(None, 10)
-    assert pairs(reviews) == [("awful", 0), ("lovely", 1)]
-    assert reviews.note is None and "Yelp" in reviews.name
-    assert fake_datasets.calls == [("fancyzhx/yelp_polarity", "test", not answers)]
-
-
-def test_bundled_sample_stands_in_loudly(fake_datasets, monkeypatch):
-    def fail(name, split):
-        raise ConnectionError("no route\nto the hub")
-
-    monkeypatch.setattr(fake_datasets, "load_dataset", fail)
-    monkeypatch.setattr(reviews_module, "_hub_answers", lambda: False)
+def test_bundled_sample_stands_in_loudly(monkeypatch, tmp_path):
     monkeypatch.chdir("/")
+    monkeypatch.setattr(hub, "DATA", tmp_path)  # an empty folder, where Yelp was never fetched
     reviews = load_reviews(None, 2000)
-    assert "NOT Yelp" in reviews.note and "no route to the hub" in reviews.note and "\n" not in reviews.note
+    assert "NOT Yelp" in reviews.note and "HF_HUB_OFFLINE" in reviews.note and "\n" not in reviews.note
     assert "Yelp" not in reviews.name
     assert (len(reviews.texts), sum(reviews.labels), len(set(reviews.texts))) == (1000, 500, 1000)
-
-
-class _Hub(BaseHTTPRequestHandler):
-    status, wait = 200, 0.0
-
-    def do_HEAD(self):
-        time.sleep(self.wait)
-        self.send_response(self.status)
-        self.end_headers()
-
-    def log_message(self, *args):
-        """Quiet."""
-
-
-@pytest.mark.parametrize("hub", ["answers", "nobody listens", "error 503", "too slow"])
-def test_whether_the_hub_answers_is_known_in_time(hub, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(reviews_module, "HUB_TIMEOUT_SECONDS", 0.5)
-    monkeypatch.setattr(_Hub, "status", 503 if hub == "error 503" else 200)
-    monkeypatch.setattr(_Hub, "wait", 1.0 if hub == "too slow" else 0.0)
-    server = HTTPServer(("127.0.0.1", 0), _Hub)
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    if hub == "nobody listens":
-        server.server_close()
-    else:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    start = time.monotonic()
-    assert reviews_module._hub_answers() == (hub == "answers")
-    assert time.monotonic() - start < 3
-    if hub != "nobody listens":
-        server.shutdown()
-        server.server_close()
+    assert load_reviews("sample", 5).note is None, "the person asked for the sample: nothing stands in"
+    with pytest.raises(UserError, match="--data yelp: .*HF_HUB_OFFLINE.*--data sample"):
+        load_reviews("yelp", 5)

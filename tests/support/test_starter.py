@@ -157,11 +157,23 @@ def test_what_is_left_out(starter):
     ):
         found = [file for file in files if word in file]
         assert not found, f"{word}: must be left out, got {found}"
+    answers = [f for f in files if f.startswith(("configs/", "report/", "docs/"))]
+    assert sorted(answers) == ["configs/GPT-tiny.yaml", "configs/smoke.yaml", "report/template.tex"]
     for name in make_starter.GRADED:
         dropped = make_starter.DROPPED[name] | make_starter.DROPPED_PARAMETERS
         tree = ast.parse((starter / name).read_text(encoding="utf-8"))
         names = {getattr(node, "id", getattr(node, "attr", None)) for node in ast.walk(tree)}
         assert not names & dropped, f"{name}: still uses {names & dropped}"
+
+
+def test_the_readme_names_only_what_is_there(starter):
+    text = (starter / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\b(?:configs|data|docs|report|support|tests)/[\w./-]*\w", text)) - {"data/tokens.npz"}
+    assert {"configs/GPT-tiny.yaml", "report/template.tex"} <= named
+    missing = [path for path in sorted(named) if not (starter / path).exists()]
+    assert not missing, f"README.md of the student's edition names {missing}, which it does not have"
+    for line in text.splitlines():
+        assert len(line) <= 125 or line.startswith(("|", "    ")), f"a line too long to read in a terminal: {line}"
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path, capsys):

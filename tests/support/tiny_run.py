@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+import generate
 import train
+from support import hardware, results
 
 ROOT = Path(train.__file__).parent
 KEYS = {
@@ -90,6 +92,13 @@ def _main(config: str, arguments: tuple, log: str) -> None:
     with open(log, "a", buffering=1) as sys.stdout:
         sys.stderr = sys.stdout
         train.main([config, *arguments])
+
+
+def leave_out_what_is_slow(patch) -> None:
+    """The measurement of speed, the picture and the sample of text: none of them has a part in any fault."""
+    patch.setattr(hardware, "matrix_product_rate", lambda hardware: 1e12)
+    patch.setattr(results, "plot_curve", lambda *args: None)
+    patch.setattr(generate, "generate", lambda *args, **kwargs: [""])
 
 
 def wait_until(condition, seconds: float = 120) -> None:

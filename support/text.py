@@ -1,0 +1,113 @@
+"""From text to tokens: files are read, tokenised and split piece by piece, whatever their size."""
+
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from tiktoken import Encoding
+from tqdm import tqdm
+
+from support.errors import UserError, first_line
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def read_pieces(path: Path) -> Iterator[tuple[str, bool]]:
+    """Pieces of text in file order, each with whether a document ends there; draws a progress bar."""
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        yield from ((record["text"], True) for _, record in read_jsonl(path, progress=True))
+    else:
+        yield from _read_text(path)
+
+
+def read_jsonl(path: Path, progress: bool = False) -> Iterator[tuple[int, dict]]:
+    """(line number, object) for a .jsonl or .jsonl.gz; UserError names the line without a string `text`."""
+    for number, line in enumerate(_read_blocks(path, None, progress), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error}); write one object a line") from None
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise UserError(f"{path}, line {number}: no string in the field 'text'; add it or drop the line")
+        yield number, record
+
+
+def _read_text(path: Path) -> Iterator[tuple[str, bool]]:
+    """Documents are what stands between literal `<|endoftext|>`; long ones come in several pieces.
+
+    A piece ends before a space or line break that follows another character, since no token of GPT-2's
+    pattern spans such a place: the tokens are those of the whole text.
+    """
+    rest = ""
+    for block in _read_blocks(path, size=1 << 20):
+        *documents, rest = (rest + block).split(END_OF_TEXT)
+        yield from ((document, True) for document in documents)
+        cut = re.match(r".*\S(?=[ \n])", rest, re.DOTALL)
+        if cut:
+            yield cut.group(), False
+            rest = rest[cut.end() :]
+    yield rest, True
+
+
+def _read_blocks(path: Path, size: int | None, progress: bool = True) -> Iterator[str]:
+    """Lines, or blocks of `size` characters, of a UTF-8 file that may be compressed with gzip."""
+    hide = None if progress else True
+    try:
+        with (
+            path.open("rb") as raw,
+            tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=hide) as bar,
+        ):
+            binary = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+            text = io.TextIOWrapper(binary, encoding="utf-8-sig")
+            while block := text.readline() if size is None else text.read(size):
+                yield block
+                bar.update(raw.tell() - bar.n)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert it or give another file") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); give another file") from None
+
+
+def tokenise(pieces: Iterable[tuple[str, bool]], tokenizer: Encoding, file: BinaryIO) -> Iterator[int]:
+    """Write the tokens to `file` as bare uint16, `<|endoftext|>` after each document; yield its length then."""
+    length = 0
+    for text, document_ends in pieces:
+        if length or not text.isspace():
+            tokens = tokenizer.encode_ordinary(text)
+            file.write(np.array(tokens, dtype="<u2").tobytes())
+            length += len(tokens)
+        if document_ends and length:
+            file.write(np.array(tokenizer.eot_token, dtype="<u2").tobytes())
+            yield length + 1
+            length = 0
+
+
+def split_held_out(lengths: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
+    """Which tokens of documents with these lengths are `train` and which `val`: (n, 2) starts and ends.
+
+    val gets 1% of the tokens but at least the smaller of 65,536 tokens and 10%. It gets whole documents, drawn
+    at random, first such as keep it below twice that amount, then below half of all tokens. Where those do not
+    make up the amount, as with a single text, it gets the end.
+    """
+    ends = np.cumsum(lengths)
+    total = int(ends[-1])
+    target = max(-(-total // 100), min(65_536, -(-total // 10)))
+    held_out, n_held_out = np.zeros(len(lengths), dtype=bool), 0
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    for limit in (2 * target, total // 2):
+        for document in order:
+            if n_held_out < target and not held_out[document] and n_held_out + lengths[document] <= limit:
+                held_out[document] = True
+                n_held_out += lengths[document]
+    if n_held_out < target:
+        return {"train": np.array([(0, total - target)]), "val": np.array([(total - target, total)])}
+    runs = np.stack([ends - lengths, ends], axis=1)
+    return {"train": runs[~held_out], "val": runs[held_out]}

@@ -1,0 +1,329 @@
+"""The course's tokens, Yelp's reviews and datasets from a hub on 127.0.0.1, asked by the real clients."""
+
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from hub_server import HubServer
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
+from tiny_run import ROOT, TinyRun, wait_until
+
+from support import hub as hub_module
+from support.corpus import C4, load_corpus
+from support.errors import UserError
+from support.hub import Unavailable, ask, fetched
+from support.reviews import YELP, load_reviews
+from support.tokenizer import get_tokenizer
+
+N_VOCAB = 50257
+
+
+def token_bytes() -> bytes:
+    """A token file of 16 kB."""
+    file = io.BytesIO()
+    tokens = np.random.default_rng(1).integers(0, N_VOCAB, 8000).astype(np.uint16)
+    np.savez(file, train=tokens, val=tokens[:100])
+    return file.getvalue()
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """An empty folder in place of data/, and another one as the user's cache folder."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    monkeypatch.setattr(hub_module, "DATA", folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch, data):
+    """A hub with the course's file, which the clients of this process ask."""
+    with HubServer() as server:
+        server.add(*C4, token_bytes())
+        for name, value in (("HF_ENDPOINT", server.url), ("NO_PROXY", "*"), ("HF_HUB_DISABLE_XET", "1")):
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what is kept when a connection breaks
+        close_session()
+        yield server
+    close_session()
+
+
+@pytest.fixture
+def environment(tmp_path, hub):
+    """The environment for a process of its own that asks this hub."""
+    changed = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **changed}
+
+
+def names(folder) -> list[str]:
+    """What a user sees in the folder."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+# --- the course's tokens ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", [None, "c4"])
+def test_tokens_are_fetched_once_and_stay(hub, data, capsys, monkeypatch, wanted):
+    corpus = load_corpus(wanted, N_VOCAB)
+    assert (len(corpus.train), len(corpus.val), corpus.note) == (8000, 100, None)
+    assert "C4" in corpus.name
+    content = token_bytes()
+    assert (data / "tokens.npz").read_bytes() == content
+    record = json.loads((data / "tokens.npz.json").read_text())
+    assert record == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert names(data) == ["tokens.npz", "tokens.npz.json"]
+    shown = capsys.readouterr().out
+    assert "Fetching" in shown and "0.0 MB" in shown and "Ctrl-C" in shown and hub.url in shown
+
+    n_requests = len(hub.log)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert len(load_corpus(wanted, N_VOCAB).train) == 8000
+    assert len(hub.log) == n_requests and not capsys.readouterr().out, "a file that is there needs no network"
+
+
+def test_sample_never_asks_the_hub(hub):
+    assert len(load_corpus("sample", N_VOCAB).train) > 990_000
+    assert len(load_reviews("sample", 10).texts) == 10
+    assert hub.log == []
+
+
+def test_broken_connection_is_taken_up_where_it_broke(hub, data):
+    hub.break_after = [5500, 3300]
+    assert fetched(*C4, "tokens.npz").read_bytes() == token_bytes()
+    assert hub.downloads() == [None, "bytes=5000-", "bytes=8000-"]
+    assert names(data) == ["tokens.npz", "tokens.npz.json"]
+
+
+def dead(hub):
+    hub.shutdown()
+    hub.server_close()
+
+
+FAULTS = {
+    "404": (lambda hub: setattr(hub, "status", 404), "HTTP 404"),
+    "401": (lambda hub: setattr(hub, "status", 401), "HTTP 401"),
+    "html page": (lambda hub: setattr(hub, "html", True), "web page"),
+    "file is gone": (lambda hub: hub.files.update({C4[0]: {}}), "HTTP 404"),
+    "dead server": (dead, "Connection refused"),
+    "html page in place of the file": (lambda hub: setattr(hub, "sent_instead", b"<html>"), "should be of size"),
+    "503": (lambda hub: setattr(hub, "status", 503), "HTTP 503"),
+    "wrong hash": (lambda hub: setattr(hub, "sent_instead", token_bytes()[::-1]), "sha256 of what came"),
+    "silent server": (lambda hub: setattr(hub, "silent_seconds", 60), "no answer within 8 seconds"),
+}
+SOAK = {"503", "wrong hash", "silent server"}
+
+
+@pytest.mark.parametrize("fault", [pytest.param(f, marks=[pytest.mark.soak] * (f in SOAK)) for f in FAULTS])
+def test_unusable_hub_is_recognised_in_time_and_leaves_nothing(hub, data, fault):
+    break_it, reason = FAULTS[fault]
+    break_it(hub)
+    started = time.monotonic()
+    corpus = load_corpus(None, N_VOCAB)
+    assert time.monotonic() - started < 10, "the person waits for a hub that is not there"
+    assert "sample" in corpus.name and "not comparable with C4" in corpus.note and reason in corpus.note
+    assert "\n" not in corpus.note
+    with pytest.raises(UserError, match=f"data: c4: .*{reason}.*data: sample"):
+        load_corpus("c4", N_VOCAB)
+    assert names(data) == [], "part of a file, or the wrong one, is left"
+
+
+def test_no_answer_is_waited_for_no_longer_than_the_patience(hub, monkeypatch):
+    monkeypatch.setattr(hub_module, "PATIENCE_SECONDS", 0.2)
+    with pytest.raises(Unavailable, match="no answer within 0.2 seconds"):
+        ask(time.sleep, 5)  # a name look-up has no timeout of its own
+
+
+def test_full_disk_while_fetching_is_a_reason_and_no_crash(hub, data, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hub_module, "write_atomically", full)
+    with pytest.raises(Unavailable, match="No space left"):
+        fetched(*C4, "tokens.npz")
+    assert names(data) == []
+
+
+def test_altered_file_is_noticed(hub, data):
+    load_corpus("c4", N_VOCAB)
+    np.savez(data / "tokens.npz", train=np.arange(8000, dtype=np.uint16), val=np.arange(100, dtype=np.uint16))
+    for record in (None, "no JSON", ""):
+        if record is not None:
+            (data / "tokens.npz.json").write_text(record)
+        with pytest.raises(UserError, match=r"tokens\.npz: altered since it was fetched.*delete both"):
+            load_corpus(None, N_VOCAB)
+    (data / "tokens.npz.json").unlink()  # a file that a person put there is compared with nothing
+    assert load_corpus(None, N_VOCAB).train[5] == 5
+
+
+def test_tokens_go_to_the_cache_folder_where_data_is_read_only(hub, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_module.os, "access", lambda path, mode: path != data)
+    for _ in range(2):
+        path = fetched(*C4, "tokens.npz")
+        assert path.read_bytes() == token_bytes() and tmp_path / "cache" in path.parents
+    assert list(data.iterdir()) == [] and len(hub.downloads()) == 1
+
+
+def test_two_at_once_download_once(hub, data):
+    hub.bytes_per_second = 30_000
+    threads = [threading.Thread(target=load_corpus, args=("c4", N_VOCAB)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(hub.downloads()) == 1 and names(data) == ["tokens.npz", "tokens.npz.json"]
+
+
+def test_command_says_in_one_line_that_c4_cannot_be_had(hub, data, tmp_path, capsys):
+    hub.status = 404
+    run = TinyRun(tmp_path / "run", data="c4")
+    assert run.main() == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: data: c4") and errors.count("\n") == 1
+    assert not run.out.exists(), "something was written for a run without data"
+
+
+@pytest.mark.soak
+def test_ctrl_c_while_a_slow_server_sends_leaves_nothing(hub, environment, tmp_path):
+    package = tmp_path / "package"
+    for folder in ("support", "data"):
+        shutil.copytree(ROOT / folder, package / folder, ignore=shutil.ignore_patterns("tokens.npz*", ".*"))
+    for file in ("model.py", "train.py", "generate.py"):
+        shutil.copy(ROOT / file, package)
+    command = [sys.executable, "train.py", TinyRun(tmp_path / "run", data="c4").config, "--dry-run"]
+    hub.bytes_per_second = 2_000
+    process = subprocess.Popen(
+        command,
+        cwd=package,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    wait_until(hub.downloads)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+    assert not (package / "data" / "tokens.npz").exists()
+    assert [*(package / "data").rglob("*.incomplete")] == [], "part of the file is left"
+
+    hub.bytes_per_second = float("inf")
+    subprocess.run(command, cwd=package, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert (package / "data" / "tokens.npz").read_bytes() == token_bytes()
+
+
+# --- Yelp ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def yelp(hub):
+    """The hub with Yelp polarity; its texts are escaped as those of the original release."""
+    from pyarrow import Table, parquet
+
+    file = io.BytesIO()
+    columns = {"text": ['Cold.\\n\\"Never again\\"', "Great", "Fine", "Poor"], "label": [0, 1, 1, 0]}
+    parquet.write_table(Table.from_pydict(columns), file)
+    hub.add(*YELP, file.getvalue())
+    hub.add(YELP[0], "plain_text/train-00000-of-00001.parquet", b"large")
+    return hub
+
+
+@pytest.mark.parametrize("wanted", [None, "yelp"])
+def test_yelps_test_split_is_fetched_once_and_alone(yelp, data, monkeypatch, wanted):
+    reviews = load_reviews(wanted, 10)
+    expected = {('Cold.\n"Never again"', 0), ("Great", 1), ("Fine", 1), ("Poor", 0)}
+    assert set(zip(reviews.texts, reviews.labels, strict=True)) == expected
+    assert reviews.note is None and "Yelp" in reviews.name
+    assert len(yelp.downloads()) == 1 and not any("train-0" in path for _, path, _ in yelp.log)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load_reviews(wanted, 10).texts == reviews.texts
+    assert names(data) == ["yelp_test.parquet", "yelp_test.parquet.json"]
+
+
+@pytest.mark.parametrize("fault", ["404", "html page", "dead server"])
+def test_without_yelp_the_bundled_reviews_stand_in_loudly(yelp, data, monkeypatch, fault):
+    monkeypatch.setattr("support.reviews.DATA", ROOT / "data")
+    break_it, reason = FAULTS[fault]
+    break_it(yelp)
+    reviews = load_reviews(None, 2000)
+    assert "NOT Yelp" in reviews.note and reason in reviews.note and "Yelp" not in reviews.name
+    assert (len(reviews.texts), sum(reviews.labels)) == (1000, 500)
+    with pytest.raises(UserError, match=f"--data yelp: .*{reason}"):
+        load_reviews("yelp", 10)
+
+
+def test_foreign_parquet_is_refused(data):
+    (data / "yelp_test.parquet").write_bytes(b"PAR1 and then nonsense")
+    with pytest.raises(UserError, match=r"yelp_test\.parquet: cannot be read.*delete it"):
+        load_reviews("yelp", 10)
+
+
+# --- prepare.py hf:NAME -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepare():
+    """data/prepare.py as a module."""
+    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CARD = """---
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: en/train-*.jsonl
+---
+"""
+
+
+def test_dataset_is_streamed_as_far_as_needed(hub, environment, tmp_path):
+    texts = [f"Page {i} of the web tells of {i} things." for i in range(400)]
+    for shard in (0, 1):
+        lines = [json.dumps({"text": text, "url": "u"}) + "\n" for text in texts[200 * shard : 200 * shard + 200]]
+        hub.add("allenai/c4", f"en/train-{shard}.jsonl", "".join(lines).encode())
+    hub.add("allenai/c4", "README.md", CARD.encode())
+    options = ["--config", "en", "--tokens", "500", "--val-tokens", "50"]
+    command = [sys.executable, str(ROOT / "data" / "prepare.py"), "hf:allenai/c4", "out", *options]
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
+    corpus = load_corpus(str(tmp_path / "out"), N_VOCAB)
+    decoded = get_tokenizer().decode([*corpus.val.tolist(), *corpus.train.tolist()]).split("<|endoftext|>")[:-1]
+    assert decoded == texts[: len(decoded)], "not the first documents in their order"
+    assert 500 <= len(corpus.train) < 515 and 50 <= len(corpus.val) < 65
+    assert not any("train-1" in path for method, path, _ in hub.log if method == "GET"), "too much was read"
+
+
+def test_dataset_that_cannot_be_had_is_refused_in_one_line(prepare, tmp_path, capsys, monkeypatch):
+    def run() -> str:
+        with pytest.raises(SystemExit) as stop:
+            prepare.main(["hf:some/thing", str(tmp_path / "out")])
+        assert stop.value.code == 2 and list(tmp_path.iterdir()) == []
+        return capsys.readouterr().err
+
+    assert "HF_HUB_OFFLINE is set" in run()
+
+    def broken_stream(*_, **__):
+        yield {"text": "a first document"}
+        raise ConnectionError("the line\nis dead")
+
+    monkeypatch.setattr(prepare, "ask", lambda *_: None)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [{"body": "text", "id": 1}])
+    assert "hf:some/thing: no text in a column 'text' (found: body, id)" in run()
+    monkeypatch.setattr("datasets.load_dataset", broken_stream)
+    errors = run()
+    assert "hf:some/thing: cannot be read beyond document 1 (ConnectionError: the line is dead)" in errors
+    assert errors.count("\n") == 1
