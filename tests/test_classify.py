@@ -51,9 +51,9 @@ class TestScore:
             wrong = {
                 "probabilities, not logits": right.softmax(-1),
                 "log-probabilities, not logits": right.log_softmax(-1),
-                "the decoder blocks are skipped": lm.token_logits(
-                    lm.ln(lm.embed(torch.tensor([ids_of(text)])))[:, -1]
-                ),
+                "the decoder blocks are skipped": lm.token_logits(lm.ln(lm.embed(torch.tensor([ids_of(text)]))))[
+                    :, -1
+                ],
             }
             if len(text) > 1:
                 wrong["the logits of the first position"] = last_logits(lm, [ids_of(text)[:1]])
