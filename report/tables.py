@@ -204,7 +204,9 @@ def tuning_row(r: dict) -> tuple:
     )
 
 
-TUNING_HEADER = "width × layers | parameters | highest rate | steps × tokens | FLOPs | validation loss | perplexity | on C4 | minutes"
+TUNING_HEADER = (
+    "model | parameters | highest rate | steps × tokens | FLOPs | validation loss | perplexity | on C4 | minutes"
+)
 
 
 def best_tuned() -> str:
