@@ -192,7 +192,8 @@ class LanguageModelingLoss(nn.Module):
         labels = input_ids[:, 1:].flatten()
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.to(weight.dtype)
-            if hidden.device.type != "cpu":  # the library's chunks keep a GPU busy without waiting for it
+            if hidden.device.type != "cpu":  # pragma: no cover (GPU only)
+                # The library's chunks keep a GPU busy without waiting for it.
                 options = nn.LinearCrossEntropyOptions(batch_chunk_size=2048)
                 return F.linear_cross_entropy(hidden, weight, labels, options=options)
             # Narrow products are bound by memory: keep their chunk in cache. Wide ones want many rows.

@@ -86,6 +86,8 @@ def check_checkpoint(files: dict[str, Path], named: str | None) -> str:
     path = find_checkpoint(None, named)[0]
     files |= {"model.pt": path, "config.yaml": path.parent / "config.yaml"}
     check(path.name == "model.pt", f"{path}: the course asks for the exact name model.pt; rename it")
+    config = files["config.yaml"]
+    check(config.is_file() or not path.is_file(), f"{config} is missing; copy it from the run that made {path}")
     trained = load_trained_model(None, str(path))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     check(digest not in SHIPPED_SHA256, f"{path} came with the package; hand in one of your own")

@@ -80,7 +80,7 @@ FAULTS = {
     "ready-made attention": (edit("model.py", "F.softmax(", "F.scaled_dot_product_attention("), "uses scaled_dot_product_attention"),
     "ready-made, imported": (edit("model.py", "from torch import nn\n", "from torch import nn\nfrom torch.nn import TransformerDecoder\n"), "uses TransformerDecoder"),
     "no checkpoint": (lambda root: (root / "model.pt").unlink(), "model.pt: no such checkpoint"),
-    "no configuration": (lambda root: (root / "config.yaml").unlink(), "config.yaml: missing"),
+    "no configuration": (lambda root: (root / "config.yaml").unlink(), "config.yaml is missing; copy it"),
     "a foreign checkpoint": (put("model.pt", b"<html>"), "no PyTorch checkpoint but a web page"),
     "another model's configuration": (edit("config.yaml", "n_embd: 8", "n_embd: 16"), "n_embd = 8"),
     "too much training": (edit("config.yaml", "num_training_steps: 6", "num_training_steps: 6000000000"), "more than the 1e17 allowed"),
