@@ -205,7 +205,7 @@ def tuning_row(r: dict) -> tuple:
 
 
 TUNING_HEADER = (
-    "model | parameters | highest rate | steps × tokens | FLOPs | validation loss | perplexity | on C4 | minutes"
+    "width × layers | parameters | max lr | steps × tokens | FLOPs | val loss | perplexity | on C4 | minutes"
 )
 
 
