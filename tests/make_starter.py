@@ -101,6 +101,13 @@ installed, a network.
         "template.tex for your answers",
     ),
     ("README.md", "    docs/        more than fits here\n", ""),
+    (
+        "README.md",
+        """`configs/tune-1e15-*.yaml` and `final-1e17.yaml` are for the course's budgets on C4;
+[docs/scaling.md](docs/scaling.md) says what they take on larger hardware.
+""",
+        "",
+    ),
     ("README.md", "`classification.json`, `.png` |", "`classification.json` |"),
     (
         "README.md",
