@@ -104,7 +104,7 @@ installed, a network.
     (
         "README.md",
         """`configs/tune-1e15-*.yaml` and `final-1e17.yaml` are for the course's budgets on C4;
-[docs/scaling.md](docs/scaling.md) says what they take on larger hardware.
+[docs/scaling.md](docs/scaling.md) says what they take on larger hardware, [docs/data.md](docs/data.md) more on data.
 """,
         "",
     ),
