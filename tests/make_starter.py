@@ -103,9 +103,9 @@ installed, a network.
     ("README.md", "    docs/        more than fits here\n", ""),
     (
         "README.md",
-        """
-`configs/tune-1e15-*.yaml` and `final-1e17.yaml` are for the course's budgets on C4;
-[docs/scaling.md](docs/scaling.md) says what they take on larger hardware.""",
+        """`configs/tune-1e15-*.yaml` and `final-1e17.yaml` are for the course's budgets on C4;
+[docs/scaling.md](docs/scaling.md) says what they take on larger hardware, [docs/data.md](docs/data.md) more on data.
+""",
         "",
     ),
     ("README.md", "`classification.json`, `.png` |", "`classification.json` |"),
