@@ -33,7 +33,7 @@ GROUPS = {
 PERPLEXITY_POINTS = 20  # question 2.6, graded on a test set that students do not have
 # The files in the order of the questions: what is wrong in the model comes before what fails because of it.
 FILES = ["test_env.py", *dict.fromkeys(file for _, file in GROUPS.values())]
-CPU_SECONDS_PER_TEST = 30  # of the tests in FILES; the slowest takes about one. A loop without end must not hang all
+CPU_SECONDS_PER_TEST = 30  # of the tests in FILES; the slowest takes about one. An endless loop must not hang all
 
 
 def check_close(actual, expected, what: str, mistakes: dict | None = None, hint: str = "", atol: float = 1e-5):
