@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tables import OUTPUTS, RESULTS, ROOT, best_tuned
 
 import train
-from classify import YELP_LABEL_MAP, YELP_TEMPLATE, score
+from classify import YELP_LABEL_MAP, YELP_TEMPLATE, decision_boundary, score
 from generate import encode_prompt, generate, softmax_with_temperature
 from support.checkpoint import load_trained_model, packed
 from support.config import dump_config
@@ -198,7 +198,7 @@ def boundaries(odds: np.ndarray, empty: np.ndarray, premise: float) -> dict[str,
         "0.5": 0.0,
         "contextual": math.log(mean_p / (1 - mean_p)),
         "PMI": premise,  # Holtzman et al. 2021: p(label | text) / p(label | the template's end alone)
-        "median": float(np.sort(odds)[(len(odds) - 1) // 2]),  # as classify.py: the lower middle one
+        "median": decision_boundary(torch.from_numpy(odds), calibrate=True),
     }
 
 
@@ -229,10 +229,9 @@ def sentiment() -> None:
                 "auc-interval": np.quantile(aucs, [0.025, 0.975]).tolist(),
                 "rules": {},
             }
+            drawn = [(odds[i], labels[i], boundaries(odds[i], empty, premise)) for i in draw]
             for rule, boundary in boundaries(odds, empty, premise).items():
-                resampled = [
-                    ((odds[i] > boundaries(odds[i], empty, premise)[rule]) == labels[i]).mean() for i in draw
-                ]
+                resampled = [((some > limits[rule]) == truth).mean() for some, truth, limits in drawn]
                 row["rules"][rule] = {
                     "accuracy": float(((odds > boundary) == labels).mean()),
                     "interval": np.quantile(resampled, [0.025, 0.975]).tolist(),

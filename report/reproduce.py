@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile
 from unittest import mock
 
 import numpy as np
@@ -38,10 +39,10 @@ from data import prepare  # noqa: E402
 from model import DecoderLM  # noqa: E402
 from support.checkpoint import load_weights  # noqa: E402
 from support.config import load_config  # noqa: E402
-from support.errors import UserError, check, exit_on_user_error  # noqa: E402
+from support.errors import check, exit_on_user_error  # noqa: E402
 from support.files import write_atomically  # noqa: E402
 from support.metrics import read_metrics  # noqa: E402
-from support.text import read_jsonl  # noqa: E402
+from support.text import read_pieces, tokenise  # noqa: E402
 from support.tokenizer import get_tokenizer  # noqa: E402
 
 WIKIPEDIA, C4 = OUTPUTS / "wikipedia.npz", OUTPUTS / "c4.npz"
@@ -54,17 +55,11 @@ def make_data(pages: str, c4: str) -> None:
     """Token files of all Wikipedia pages, 1% held out, and of the C4 documents, the first ones held out."""
     OUTPUTS.mkdir(parents=True, exist_ok=True)
     prepare.main([pages, str(WIKIPEDIA)])
-    tokenizer = get_tokenizer()
-    documents = [
-        np.array([*tokenizer.encode_ordinary(record["text"]), tokenizer.eot_token], np.uint16)
-        for _, record in read_jsonl(Path(c4))
-    ]
-    tokens = {
-        split: np.concatenate(part)
-        for split, part in (("val", documents[:C4_HELD_OUT]), ("train", documents[C4_HELD_OUT:]))
-    }
-    np.savez_compressed(C4, **tokens)
-    print(f"{C4}: {len(tokens['val']):,} tokens to evaluate on")
+    with TemporaryFile() as spool:
+        ends = np.cumsum(list(tokenise(read_pieces(Path(c4)), get_tokenizer(), spool)))
+        n_val = ends[C4_HELD_OUT - 1]
+        prepare.write_tokens(C4, spool, {"train": np.array([(n_val, ends[-1])]), "val": np.array([(0, n_val)])})
+    print(f"{C4}: {n_val:,} tokens to evaluate on")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -177,10 +172,8 @@ def main(argv: list[str] | None = None) -> None:
         elif args.command == "pdf":
             make_pdf()
         elif args.command == "train":
-            if not (CONFIGS / f"{args.setting}.yaml").exists():
-                raise UserError(
-                    f"report/configs/{args.setting}.yaml does not exist; see that folder for the names"
-                )
+            there = (CONFIGS / f"{args.setting}.yaml").exists()
+            check(there, f"report/configs/{args.setting}.yaml does not exist; see that folder for the names")
             train_run(args.setting, args.seed, args.fresh)
             measure_run(args.setting, tables.run_name(args.setting, args.seed))
         else:

@@ -218,10 +218,10 @@ def best_tuned() -> str:
 def tuning() -> dict[str, str]:
     """2.5: settings of one model at an equal budget; the best one's YAML."""
     runs = measured("2.5")
-    best = best_tuned()
-    rows = [tuning_row(r) for _, r in sorted(runs.items(), key=lambda item: item[1]["val-loss"])]
+    ranked = sorted(runs, key=lambda name: runs[name]["val-loss"])
+    rows = [tuning_row(runs[name]) for name in ranked]
     plot_curves("2.5-tuning.png", {name: curve(name) for name in runs}, top=8.0, x="FLOPs", flops=runs)
-    yaml_text = (CONFIGS / f"{best}.yaml").read_text(encoding="utf-8")
+    yaml_text = (CONFIGS / f"{ranked[0]}.yaml").read_text(encoding="utf-8")
     return {"2.5": markdown(TUNING_HEADER, rows), "2.5-yaml": f"```yaml\n{yaml_text}```\n"}
 
 

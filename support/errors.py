@@ -2,6 +2,9 @@
 
 import os
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 
 
@@ -62,6 +65,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """The beginning of an error's text, on one line."""
     return " ".join(str(error)[:1000].split())[:120] or type(error).__name__
+
+
+def in_background(action: Callable) -> Future:
+    """What `action()` will return or raise; `result(seconds)` waits for it so long at most, it may then go on."""
+    outcome = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(action())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome
 
 
 class _Unbreakable:

@@ -10,13 +10,12 @@ import json
 import os
 import re
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 
-from support.errors import check, first_line
+from support.errors import check, first_line, in_background
 from support.files import write_atomically
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -46,21 +45,13 @@ def check_allowed() -> None:
 def ask(question: Callable, *args, **options):
     """`question(*args, **options)` of the hub's client; Unavailable when that fails or takes too long."""
     check_allowed()
-    outcome = {}
-
-    def answer():
-        try:
-            outcome["answer"] = question(*args, **options)
-        except Exception as error:  # whatever the client raises: the hub is not there for us
-            outcome["error"] = error
-
     # In a thread, because no timeout of an HTTP client bounds the time of the name look-up.
-    thread = threading.Thread(target=answer, daemon=True)
-    thread.start()
-    thread.join(PATIENCE_SECONDS)
-    if "answer" in outcome:
-        return outcome["answer"]
-    raise Unavailable(reason(outcome["error"]) if outcome else f"no answer within {PATIENCE_SECONDS} seconds")
+    outcome = in_background(lambda: question(*args, **options))
+    try:
+        return outcome.result(PATIENCE_SECONDS)
+    except Exception as error:  # whatever the client raises: the hub is not there for us
+        late = f"no answer within {PATIENCE_SECONDS} seconds"
+        raise Unavailable(reason(error) if outcome.done() else late) from None
 
 
 def reason(error: Exception) -> str:

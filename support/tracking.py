@@ -3,10 +3,8 @@
 import dataclasses
 import netrc
 import os
-import threading
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlparse
@@ -14,6 +12,7 @@ from urllib.parse import urlparse
 import wandb
 
 from support.config import TrainingConfig
+from support.errors import in_background
 
 PATIENCE = 10  # seconds that a run waits for W&B to start or to end
 
@@ -64,25 +63,11 @@ def finish_tracking(summary: dict | None) -> None:
 def _succeeds(action: Callable[[], None], seconds: float, failure: str) -> bool:
     """Let the action run for so long at most. If it fails, warn and part from W&B."""
     try:
-        _within(seconds, action)
+        in_background(action).result(seconds)
         return True
     except Exception as error:  # offline, a wrong key, a full disk: none is worth a training run
         reason = str(error) or "no answer in time"
         warnings.warn(f"W&B {failure} ({reason}); the run's own folder has everything", stacklevel=3)
         with suppress(Exception):  # left alone, its process would be waited for at exit, for minutes
-            _within(1, wandb.teardown)
+            in_background(wandb.teardown).result(1)
         return False
-
-
-def _within(seconds: float, action: Callable[[], None]) -> None:
-    """Let the action run for so long at most. Raises what it raises, or TimeoutError; it may then go on."""
-    outcome: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(action())
-        except Exception as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    outcome.result(seconds)

@@ -65,15 +65,19 @@ def test_draw_gives_the_committed_tables_and_figures(reproduce, tmp_path, monkey
     assert all((REPORT / "figures" / name).exists() for name in names)
 
 
-def test_untied_model_is_untied_and_tied_in_nothing_else(reproduce):
-    arguments = {"n_vocab": 61, "n_embd": 12, "n_head": 3, "n_positions": 7, "n_layer": 2, "p_dropout": 0.0}
-    torch.manual_seed(0)
-    tied = DecoderLM(**arguments)
-    after_tied = torch.get_rng_state()
-    torch.manual_seed(0)
-    untied = reproduce.UntiedLM(**arguments)
-    assert torch.equal(torch.get_rng_state(), after_tied), "the two would be trained on different batches"
+def ours_and(variant) -> tuple:
+    """A DecoderLM and one of the models compared with it, both made from seed 0."""
+    models, states = [], []
+    for model_class in (DecoderLM, variant):
+        torch.manual_seed(0)
+        models.append(model_class(n_vocab=61, n_embd=12, n_head=3, n_positions=7, n_layer=2, p_dropout=0.0))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states), "the two would be trained on different batches"
+    return tuple(models)
 
+
+def test_untied_model_is_untied_and_tied_in_nothing_else(reproduce):
+    tied, untied = ours_and(reproduce.UntiedLM)
     n = [sum(parameter.numel() for parameter in model.parameters()) for model in (tied, untied)]
     assert n[1] - n[0] == 61 * 12
     ids = torch.randint(61, (2, 7))
@@ -92,13 +96,7 @@ def test_untied_model_is_untied_and_tied_in_nothing_else(reproduce):
 
 def test_gpt2_of_transformers_is_of_the_same_size_and_sees_the_same_batches(reproduce):
     pytest.importorskip("transformers", reason="transformers is not installed: python -m pip install transformers")
-    arguments = {"n_vocab": 61, "n_embd": 12, "n_head": 3, "n_positions": 7, "n_layer": 2, "p_dropout": 0.0}
-    torch.manual_seed(0)
-    ours = DecoderLM(**arguments)
-    after_ours = torch.get_rng_state()
-    torch.manual_seed(0)
-    gpt2 = reproduce.GPT2(**arguments)
-    assert torch.equal(torch.get_rng_state(), after_ours)
+    ours, gpt2 = ours_and(reproduce.GPT2)
     assert sum(p.numel() for p in gpt2.parameters()) == sum(p.numel() for p in ours.parameters())
     assert gpt2.flops_per_token == ours.flops_per_token
     assert gpt2(torch.randint(61, (2, 7))).shape == (2, 7, 61)
