@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_configs import flops
 
 import train
 from model import DecoderLM
 from support.config import load_config
-from support.tokenizer import get_tokenizer
 
 REPORT = Path(train.__file__).parent / "report"
 CONFIGS = sorted((REPORT / "configs").glob("*.yaml"))
@@ -26,13 +26,6 @@ def reproduce():
         yield reproduce
     finally:
         sys.path.remove(str(REPORT))
-
-
-def flops(config) -> int:
-    with torch.device("meta"):
-        model = DecoderLM(get_tokenizer().n_vocab, **vars(config.model_config))
-    c = config
-    return train.training_flops(model, c.num_training_steps, c.grad_accumulation_steps, c.batch_size, c.seq_len)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
