@@ -197,7 +197,7 @@ class LanguageModelingLoss(nn.Module):
                 options = nn.LinearCrossEntropyOptions(batch_chunk_size=2048)
                 return F.linear_cross_entropy(hidden, weight, labels, options=options)
             # Narrow products are bound by memory: keep their chunk in cache. Wide ones want many rows.
-            rows = 32 if hidden.shape[1] < 128 else 512
+            rows = min(max(64, hidden.shape[1]), 512)
             return _ChunkedCrossEntropy.apply(hidden, weight, labels, rows)
 
 

@@ -6,7 +6,8 @@
 
 Three contenders do the same work in float32 on the CPU, each as it comes:
 
-- this package: DecoderLM, LanguageModelingLoss and fused AdamW, as train.py puts them together;
+- this package: DecoderLM, LanguageModelingLoss and fused AdamW, as train.py puts them together, with the
+  library for float32 products that its commands choose (support/hardware.py);
 - the textbook model below, written as most solutions of the assignment are: all logits, F.cross_entropy,
   masked_fill, nn.Dropout, torch's default AdamW; everything recomputed for each new token;
 - GPT2LMHeadModel of transformers with its own loss, SDPA, key-value cache and torch's default AdamW. It is no
@@ -16,7 +17,7 @@ All have dropout 0.1 in training, the same number of parameters and the same bat
 
 The contenders take turns in every repetition, so that drift of a shared machine meets them all. Times are
 medians, ratios are medians of the ratios within each repetition, limits use the best rates measured between
-the repetitions. Peak memory is that of a whole fresh process that takes two training steps.
+the repetitions and of either library. Peak memory is that of a whole fresh process that takes two training steps.
 """
 
 import argparse
@@ -181,16 +182,27 @@ class Trainer:
 # --- Measuring ----------------------------------------------------------------------------------------------
 
 
+def choose_products(contender: str) -> None:
+    """Set PyTorch's switch for float32 products: as our commands do it, or for the others as it comes."""
+    torch.set_float32_matmul_precision("highest")
+    if contender == "ours":
+        from support.hardware import choose_float32_products
+
+        choose_float32_products()
+
+
 def interleave(runs: dict[str, Callable], probes: dict[str, Callable], repetitions: int):
     """Seconds of each run per repetition, its last result, and the best value of each probe.
 
     A run is called with the number of the repetition, and once before with -1 to warm up.
     """
-    for run in runs.values():
+    for name, run in runs.items():
+        choose_products(name)
         run(-1)
     seconds, results, best = {name: [] for name in runs}, {}, dict.fromkeys(probes, 0.0)
     for repetition in range(repetitions):
         for name, run in runs.items():
+            choose_products(name)
             start = time.perf_counter()
             results[name] = run(repetition)
             seconds[name].append(time.perf_counter() - start)
@@ -221,9 +233,11 @@ def best_rate(work: float, function: Callable, *args, calls: int = 4, **kwargs) 
 def product_rate(shapes: list[tuple[int, int, int]]) -> float:
     """FLOP/s, the best over a 2048-square product and over m×k @ k×n for each (m, k, n) of `shapes`."""
     rates = []
-    for m, k, n in [(2048, 2048, 2048), *shapes]:
-        a, b, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
-        rates.append(best_rate(2 * m * k * n, torch.mm, a, b, out=out))
+    for contender in ("ours", "textbook"):
+        choose_products(contender)
+        for m, k, n in [(2048, 2048, 2048), *shapes]:
+            a, b, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
+            rates.append(best_rate(2 * m * k * n, torch.mm, a, b, out=out))
     return max(rates)
 
 
@@ -246,6 +260,7 @@ def block_shapes(n_tokens: int, D: int) -> list[tuple[int, int, int]]:
 def print_peak_memory(name: str, contender: str) -> None:
     """MiB; run in a process of its own."""
     trainer = Trainer(contender, name)
+    choose_products(contender)
     trainer(0)
     trainer(1)  # now with the optimizer's state from the start
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux

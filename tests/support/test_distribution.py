@@ -1,6 +1,8 @@
 """Two processes train as one would: the same gradients, one that writes, and one end for all."""
 
+import faulthandler
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,6 +21,7 @@ from model import DecoderLM
 from support.distribution import LOST, World, join_world, lost_process
 from support.errors import UserError
 
+PATIENCE_SECONDS = 100  # with a rank; a busy machine of two cores takes ten
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
@@ -43,16 +46,24 @@ def _in_rank(variables: dict, log: Path, function, args: tuple) -> None:
     leave_out_what_is_slow(pytest.MonkeyPatch())  # for good: this process has but one run to make
     sys.stdout = sys.stderr = log.open("a", buffering=1)
     os.dup2(sys.stdout.fileno(), 2)
+    faulthandler.dump_traceback_later(PATIENCE_SECONDS - 10)  # of a process that hangs, the place
     function(*args)
+
+
+def free_port() -> int:
+    """A port that no client is given by the system: one that knocks too early could be given the very same."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as knocking:
+            if knocking.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 class Ranks:
     """Processes as torchrun starts them, but forked, which takes a tenth of the time."""
 
     def __init__(self, folder: Path, function, *args, size: int = 2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.logs = [folder / f"rank{rank}.log" for rank in range(size)]
         self.processes = []
         for rank, log in enumerate(self.logs):
@@ -61,12 +72,13 @@ class Ranks:
             self.processes.append(processes().Process(target=_in_rank, args=job))
             self.processes[-1].start()
 
-    def join(self, seconds: float = 60) -> list[int]:
-        """Wait for all; return their exit statuses."""
+    def join(self) -> list[int]:
+        """Wait for all; return their exit statuses, -SIGKILL for one that hangs."""
         for process in self.processes:
-            process.join(seconds)
+            process.join(PATIENCE_SECONDS)
             if process.is_alive():
                 process.kill()
+                process.join()
         return [process.exitcode for process in self.processes]
 
     def said(self) -> list[str]:

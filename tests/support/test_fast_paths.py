@@ -93,7 +93,7 @@ def test_chunked_loss_passes_on_what_is_not_finite(where):
 
 
 def test_loss_never_holds_all_logits():
-    """At V = 50257, 4 x 128 rows of logits are 103 MB; the largest tensor made must be a chunk of 32 rows."""
+    """At V = 50257, 4 x 128 rows of logits are 103 MB; the largest tensor made must be a chunk of 64 rows."""
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -108,7 +108,7 @@ def test_loss_never_holds_all_logits():
     model = DecoderLM(50257, 8, 2, 128, 1)
     with Watch():
         train.LanguageModelingLoss(model)(torch.randint(50257, (4, 128))).backward()
-    assert 50257 * 8 <= largest <= 50257 * 32
+    assert 50257 * 8 <= largest <= 50257 * 64
 
 
 @pytest.mark.parametrize("B", [1, 2, 5])

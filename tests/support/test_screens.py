@@ -64,6 +64,34 @@ def test_device(machine, there, asked, device, dtype, fused, reason):
         assert chosen.autocast().fast_dtype == dtype and chosen.autocast().device == "cuda"
 
 
+@pytest.mark.parametrize(
+    ("capability", "coarse", "precision"),
+    [("AVX512", False, "medium"), ("AVX512", True, "highest"), ("AVX2", False, "highest")],
+    ids=["exact products", "products in bfloat16", "no AVX-512"],
+)
+def test_other_library_for_float32_only_where_its_products_are_exact(monkeypatch, capability, coarse, precision):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    if coarse:
+        matmul = torch.Tensor.__matmul__
+        monkeypatch.setattr(
+            torch.Tensor,
+            "__matmul__",
+            lambda a, b: matmul(a.bfloat16(), b.bfloat16()).float() if a.dtype == torch.float32 else matmul(a, b),
+        )
+    state = torch.get_rng_state()
+    choose_hardware("cpu")
+    assert torch.get_float32_matmul_precision() == precision
+    assert torch.equal(torch.get_rng_state(), state), (
+        "the trial must not move the generator that training draws from"
+    )
+
+
+def test_products_chosen_for_this_machine_are_float32s():
+    choose_hardware("cpu")
+    a, b = torch.randn(2, 300, 300)
+    torch.testing.assert_close(a @ b, (a.double() @ b.double()).float(), rtol=0, atol=2e-4)  # bfloat16: 0.2
+
+
 @pytest.mark.parametrize("asked", ["cuda", "cuda:0", "cuda:2", "mps", "gpu", "cpu:0", "cuda:x", "meta"])
 def test_device_that_is_not_there(machine, asked):
     machine(n_gpus=2 if asked == "cuda:2" else 0)
