@@ -14,8 +14,16 @@ import train
 from generate import left_pad
 from model import DecoderLM, Dropout, MultiHeadAttention
 from support.config import load_config
+from support.errors import UserError
+from support.hardware import choose_float32_products, compile_forward
 
 V, D = 5003, 24  # a prime: no multiple of any chunk, and more than one piece of 2048
+
+
+@pytest.fixture(autouse=True)
+def products_as_in_the_commands():
+    """As the commands choose the library; the tests of the questions take the default."""
+    choose_float32_products()
 
 
 def plain_loss(hidden, weight, labels):
@@ -189,6 +197,23 @@ def test_compile_must_be_true_or_false(tmp_path, capsys):
     assert run.main() == 2
     assert "compile = 'perhaps' must be true or false" in capsys.readouterr().err
     assert load_config(str(tiny_run.TinyRun(tmp_path).config)).compile is False
+
+
+def test_compilation_is_tried_before_the_module_is_compiled(monkeypatch):
+    """With stand-ins for the compiler; the long tests use the real one."""
+    module, compiled = torch.nn.Linear(1, 1), []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    compile_forward(module, torch.device("cpu"))
+    assert compiled == [module], "the module itself is compiled, so that its state_dict keeps its names"
+
+    def no_compiler(function):
+        raise RuntimeError("no g++ here\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.raises(UserError, match="nothing compiles here .*no g.. here.*or give compile: false"):
+        compile_forward(module, torch.device("cpu"))
+    assert compiled == [module]
 
 
 @pytest.mark.soak
