@@ -31,7 +31,7 @@ READY_MADE = {"Transformer", "TransformerEncoder", "TransformerEncoderLayer", "T
 READY_MADE |= {"TransformerDecoderLayer", "MultiheadAttention", "multi_head_attention_forward"}
 READY_MADE |= {"scaled_dot_product_attention", "flex_attention"}
 MOST_MEGABYTES, MOST_FLOPS = 100, 1e17
-SHIPPED_SHA256: frozenset[str] = frozenset()  # of model.pt files that came with the package
+SHIPPED_SHA256: frozenset[str] = frozenset()  # of the weights in each model.pt that came with the package
 
 
 def check_code(files: dict[str, Path]) -> str:
@@ -79,6 +79,14 @@ def check_alone(files: dict[str, Path]) -> str:
     return f"the files run alone: {got} of {full} points" + (f", lost: {', '.join(lost)}" if lost else "")
 
 
+def weights_sha256(model) -> str:
+    """Of the values alone: saving them again, or in another precision that holds them, leaves it as it is."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(model.state_dict().items()):
+        digest.update(tensor.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def check_checkpoint(files: dict[str, Path], named: str | None) -> str:
     """model.pt is the student's own, small enough, and loads with the config.yaml beside it."""
     from support.checkpoint import find_checkpoint, load_trained_model  # these import model.py
@@ -89,8 +97,8 @@ def check_checkpoint(files: dict[str, Path], named: str | None) -> str:
     config = files["config.yaml"]
     check(config.is_file() or not path.is_file(), f"{config} is missing; copy it from the run that made {path}")
     trained = load_trained_model(None, str(path))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    check(digest not in SHIPPED_SHA256, f"{path} came with the package; hand in one of your own")
+    shipped = weights_sha256(trained.model) in SHIPPED_SHA256
+    check(not shipped, f"{path} came with the package; hand in one of your own")
     megabytes = path.stat().st_size / 1e6
     small = megabytes < MOST_MEGABYTES
     check(small, f"{path} has {megabytes:.1f} MB, the course takes under {MOST_MEGABYTES}; train a smaller model")
