@@ -138,10 +138,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _loss_and_gradients(hidden, weight, labels, rows, need_grad):
     """The mean loss, and its gradients by hidden and weight if these are needed."""
     n, n_vocab = len(hidden), len(weight)
-    pieces = n_vocab // 2048  # in which one product sums over V: where R and D are small, a long sum is slow
-    weight_pieces, weight_rest = weight[: pieces * 2048].unflatten(0, (pieces, 2048)), weight[pieces * 2048 :]
     hidden_grad = torch.empty_like(hidden) if need_grad else None
-    weight_grad = torch.zeros_like(weight) if need_grad else None
+    weight_grad = torch.empty_like(weight) if need_grad else None
     buffer = hidden.new_empty(n_vocab * min(rows, n))
     nats = torch.zeros((), dtype=torch.float64)
     log2_e = math.log2(math.e)
@@ -163,10 +161,8 @@ def _loss_and_gradients(hidden, weight, labels, rows, need_grad):
         if need_grad:
             p.scatter_add_(0, label[None], -total)
             scale = 1 / (total.T * n)  # (R, 1): divides by the sum, and takes the mean
-            p_pieces, p_rest = p[: pieces * 2048].unflatten(0, (pieces, 2048)), p[pieces * 2048 :]
-            product = torch.bmm(p_pieces.mT, weight_pieces).sum(dim=0).addmm_(p_rest.T, weight_rest)
-            hidden_grad[start : start + rows] = product * scale
-            weight_grad.addmm_(p, h * scale)
+            hidden_grad[start : start + rows] = (p.T @ weight) * scale
+            weight_grad.addmm_(p, h * scale, beta=float(start > 0))  # the first chunk replaces what was there
     return (nats / n).to(hidden.dtype), hidden_grad, weight_grad
 
 
