@@ -1,4 +1,4 @@
-"""Call reviews good or bad with a trained language model, without training it for that (question 3.4).
+"""Zero-shot sentiment classification with a trained language model (question 3.4).
 
     python classify.py model.pt
     python classify.py --config configs/GPT-tiny.yaml --calibrate
@@ -23,7 +23,7 @@ from model import DecoderLM
 YELP_TEMPLATE = "Here is a review from Yelp: {text}\nOverall, the place was"
 YELP_LABEL_MAP = {0: " bad", 1: " good"}
 
-TOKENS_PER_BATCH = 2048  # more columns than this only spill the cache of a CPU
+TOKENS_PER_BATCH = 2048  # larger batches only leave the caches of a CPU
 
 
 def score(
@@ -71,7 +71,8 @@ def decision_boundary(p: torch.Tensor, calibrate: bool) -> float:
     """What p(positive) must exceed: 0.5, or calibrated the median of all p (N,) (question 3.6).
 
     A model that says " good" too often is biased for all texts alike. With about as many positive as
-    negative ones, the middle of its own predictions parts them, and no label is needed for it.
+    negative ones, the median separates them, and no label is needed for it. torch.median is the lower
+    middle value: without ties, half of an even number of texts are positive.
     """
     return p.median().item() if calibrate else 0.5
 

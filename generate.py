@@ -1,7 +1,7 @@
 """Continue prompts with a trained language model (question 3.1).
 
-    python generate.py --prefixes prefixs.json                            the most likely continuation
-    python generate.py --prefixes prefixs.json --temperature 0.8 --seed 1          a sampled one
+    python generate.py --prefixes prefixs.json                       greedy: the likeliest token at each step
+    python generate.py --prefixes prefixs.json --temperature 0.8 --seed 1                       sampled
     python generate.py --prefixes prefixs.json --checkpoint outputs/GPT-tiny/model.pt
 
 Shapes: B sequences in a batch, S tokens in each, V vocabulary size, P the longest sequence that the
@@ -39,9 +39,9 @@ def softmax_with_temperature(logits: torch.Tensor, temperature: float) -> torch.
 def keep_likely(probs: torch.Tensor, top_k: int | None = None, top_p: float | None = None) -> torch.Tensor:
     """Set the tail of the distribution to zero: (B, V) -> (B, V), no longer summing to one.
 
-    top_k keeps the k likeliest tokens (Fan et al. 2018, "Hierarchical Neural Story Generation"); top_p
-    the fewest likeliest tokens whose mass reaches p (Holtzman et al. 2020, "The Curious Case of Neural
-    Text Degeneration"). Given both, a token has to pass both.
+    top_k keeps the k likeliest tokens (Fan et al. 2018, "Hierarchical Neural Story Generation"); top_p,
+    nucleus sampling, the fewest likeliest tokens whose mass reaches p (Holtzman et al. 2020, "The Curious
+    Case of Neural Text Degeneration"). Given both, a token has to pass both.
     """
     if top_k is not None or top_p is not None:
         ordered, tokens = probs.sort(dim=-1, descending=True)
@@ -89,9 +89,9 @@ def generate(
 ) -> list[str]:
     """Continue each prefix by up to max_new_tokens tokens; return the continuations alone, in order.
 
-    Every new token depends on exactly the last P tokens. A row ends at `<|endoftext|>`, which is not part
-    of its text. Tokens are drawn from torch's global generator; temperature 0 takes the likeliest.
-    `tokenizer` is a tiktoken.Encoding.
+    Every new token depends on exactly the last P tokens, or on all while they are fewer. A row ends at
+    `<|endoftext|>`, which is not part of its text. Tokens are drawn from torch's global generator;
+    temperature 0 takes the likeliest. `tokenizer` is a tiktoken.Encoding.
     """
     n_positions = model.position_embeddings.num_embeddings
     prompts = [encode_prompt(tokenizer, prefix, n_positions) for prefix in prefixes]

@@ -5,7 +5,8 @@
 
 Read it from top to bottom: attention lets every token look at the tokens before it, the feed-forward
 layer works on each token alone, a decoder block joins the two, and the language model puts an embedding
-below a stack of blocks and a projection to the vocabulary above it.
+below a stack of blocks and a projection to the vocabulary above it. At first, begin at `MultiHeadAttention`:
+the two classes before it only save time.
 
 Shapes are written with these letters throughout:
 
@@ -16,6 +17,7 @@ Shapes are written with these letters throughout:
 
 Sources: Vaswani et al. 2017, "Attention Is All You Need" (the decoder); Radford et al. 2019, "Language
 Models are Unsupervised Multitask Learners" (GPT-2: pre-LN blocks, learned positions, initialisation);
+Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training" (GPT: the 0.02);
 Press and Wolf 2017, "Using the Output Embedding to Improve Language Models" (the tied output matrix).
 """
 
@@ -89,7 +91,7 @@ class MultiHeadAttention(nn.Module):
         self.v_attn = nn.Linear(n_embd, n_embd)
         self.proj = nn.Linear(n_embd, n_embd)
         self.dropout = Dropout(p_dropout)
-        # Dot products of HD-dimensional vectors grow like sqrt(HD); undone, softmax would saturate.
+        # The dot product of HD pairs of unit variance has standard deviation sqrt(HD): softmax would saturate.
         self.register_buffer("scale_factor", torch.tensor(1.0 / math.sqrt(n_embd // n_head)))
 
     def q_kT_v(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,7 +102,7 @@ class MultiHeadAttention(nn.Module):
         B, S, D = x.shape
         heads = (B, S, self.n_head, D // self.n_head)
         q = self.q_attn(x).view(heads).transpose(1, 2)  # (B, H, S, HD)
-        k = self.k_attn(x).view(heads).transpose(1, 2).contiguous()  # a product copies kT otherwise, slowly
+        k = self.k_attn(x).view(heads).transpose(1, 2).contiguous()  # else the product copies kT, slowly
         v = self.v_attn(x).view(heads).transpose(1, 2)  # (B, H, S, HD)
         return q, k.transpose(2, 3), v
 
@@ -128,7 +130,7 @@ class MultiHeadAttention(nn.Module):
         scores += torch.zeros_like(visible, dtype=scores.dtype).masked_fill(~visible, lowest)
 
         weights = F.softmax(scores, dim=-1)
-        if attention_mask is not None:  # such a row is now uniform; no key is its to look at
+        if attention_mask is not None:  # such a row is uniform after softmax: make it 0
             weights = weights.masked_fill(~visible, 0.0)
         weights = self.dropout(weights)
 
@@ -216,10 +218,11 @@ class DecoderLM(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """N(0, 0.02) everywhere, biases 0, as in GPT-2 (Radford et al. 2019, section 2.3).
+        """N(0, 0.02) everywhere and biases 0, as in GPT (Radford et al. 2018, section 4.1).
 
         Every block adds twice to the residual stream, so its variance would grow with 2 n_layer terms:
-        the projections that write into the stream start smaller by the square root of their number.
+        the projections that write into the stream start smaller by the square root of their number
+        (GPT-2: Radford et al. 2019, section 2.3).
         """
         residual_std = 0.02 / math.sqrt(2 * self.n_layer)
         for name, module in self.named_modules():
@@ -232,7 +235,8 @@ class DecoderLM(nn.Module):
     @property
     def flops_per_token(self) -> int:
         """Training FLOPs per token, a multiply-add counted as two: 6 per parameter (forward and
-        backward; Kaplan et al. 2020, "Scaling Laws for Neural Language Models") and attention's
+        backward; Kaplan et al. 2020, "Scaling Laws for Neural Language Models", who leave embeddings
+        out; tied, they are the output matrix and count) and attention's
         12 n_layer n_embd n_positions for q kT and weights v (Chowdhery et al. 2022, "PaLM", appendix B).
         """
         n_parameters = sum(parameter.numel() for parameter in self.parameters())
@@ -280,7 +284,7 @@ class DecoderLM(nn.Module):
     def token_logits(self, x: torch.Tensor) -> torch.Tensor:
         """Score every token of the vocabulary against the hidden states: (B, S, D) -> (B, S, V).
 
-        The token embeddings serve as output matrix too (weight tying): no bias, no second matrix.
+        The token embeddings serve as the output matrix (LM head) too: weight tying, no bias, no second matrix.
         """
         return F.linear(x, self.token_embeddings.weight)
 

@@ -5,7 +5,7 @@
     python train.py configs/GPT-tiny.yaml --set max_lr=1e-3      with another value for a key
     python train.py configs/GPT-tiny.yaml --dry-run              only say what it would take
     python train.py configs/GPT-tiny.yaml --evaluate model.pt    only evaluate a checkpoint
-    torchrun --nproc_per_node=4 train.py configs/GPT-tiny.yaml   on four GPUs
+    torchrun --nproc_per_node=4 train.py configs/GPT-tiny.yaml   four processes
 
 Shapes: B sequences in a batch, S tokens in each, D hidden size, V vocabulary size, N = B (S - 1)
 predictions.
@@ -112,7 +112,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross entropy of hidden (N, D) @ weight.T (V, D) against labels (N,), a few rows at a time.
 
     The gradients are computed in the forward pass, while a chunk's logits are still in cache, so each logit
-    is written once and never kept. With p = softmax(logits), the gradient of a row's loss by its logits is
+    is written once and never kept. With p = softmax(logits), the gradient of a row's loss in its logits is
     p - onehot(label). What makes it fast changes nothing but the rounding: exp2 is the faster exponential,
     so log2(e) is multiplied into the (N, D) hidden states; the vocabulary comes first in memory, which suits
     a CPU's matrix products; rows of p are scaled by way of their (N, D) factors; and the maximum is taken off
@@ -129,14 +129,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        # They are handed over, since copying them into fresh memory takes long. A second pass computes them anew.
+        # The gradients are returned, not copied, which takes long; a second backward pass computes them anew.
         hidden_grad, weight_grad = ctx.gradients or _loss_and_gradients(*ctx.saved_tensors, ctx.rows, True)[1:]
         ctx.gradients = None
         return hidden_grad.mul_(grad), weight_grad.mul_(grad), None, None
 
 
 def _loss_and_gradients(hidden, weight, labels, rows, need_grad):
-    """The mean loss, and its gradients by hidden and weight if these are needed."""
+    """The mean loss, and its gradients with respect to hidden and weight if these are needed."""
     n, n_vocab = len(hidden), len(weight)
     hidden_grad = torch.empty_like(hidden) if need_grad else None
     weight_grad = torch.empty_like(weight) if need_grad else None
@@ -261,7 +261,7 @@ def train(
         step_loss = sum_of_losses / n_ranks
         if not math.isfinite(step_loss):
             raise FloatingPointError(f"the loss is {step_loss} at step {step} (learning rate {learning_rate:.3g})")
-        optimizer.step()
+        optimizer.step()  # support/run.py hooks in here to clip gradients, and to refuse those not finite
 
         recent_losses.append(step_loss)
         result = StepResult(step, step_loss, sum(recent_losses) / len(recent_losses), learning_rate)
@@ -301,7 +301,7 @@ def evaluate(
     sum_over_ranks = getattr(model, "sum_over_ranks", lambda *values: values)
     total_loss, n_predictions = sum_over_ranks(total_loss, n_predictions)
     if n_predictions == 0:
-        raise ValueError("no batch to evaluate: the corpus is shorter than one batch")
+        raise ValueError("no batch to evaluate: the corpus has no full row of seq_len tokens")
     val_loss = total_loss / n_predictions
     return {"val-loss": val_loss, "val-perplexity": float(np.exp(val_loss))}
 

@@ -281,11 +281,14 @@ def final() -> dict[str, str]:
     return tables
 
 
+RIVALS_OF = "2.5-d64-l8-lr4e-3"  # the configurations gpt2-* are its own but for the model and the rate
+
+
 def against_gpt2() -> dict[str, str]:
     """2.6: ours against the GPT-2 of transformers at equal FLOPs, data and batches."""
     rows = []
     for setting, name in (
-        ("gpt2-ours", "DecoderLM, tuned"),
+        (RIVALS_OF, "DecoderLM, tuned"),
         ("gpt2-gpt2", "GPT-2 of transformers, its usual settings"),
         ("gpt2-tuned", "GPT-2 of transformers, our learning rate"),
     ):
@@ -295,8 +298,7 @@ def against_gpt2() -> dict[str, str]:
             perplexity = f"{math.exp(np.mean(loss)):.0f}", f"{math.exp(np.mean(c4)):,.0f}"
             rate = f"{runs[0]['config']['max_lr']:g}"
             rows.append((name, rate, f"{runs[0]['parameters']:,}", len(runs), mean_and_range(loss), *perplexity))
-    if not rows:
-        raise NotMeasured("no run gpt2-* in report/results")
+    measured("gpt2")  # says so when there is none
     header = "model | highest rate | parameters | seeds | validation loss | perplexity | on C4"
     return {"gpt2": markdown(header, rows)}
 

@@ -126,6 +126,7 @@ questions go into `report/template.tex`; `python -m support.submit ANDREW_ID` ch
 The commands below work once the functions are written.""",
     ),
     ("README.md", " --top_p 0.9", ""),
+    ("model.py", "the two classes before it only save time", "the class before it only saves time"),
     (
         "model.py",
         """ With a key-value
