@@ -138,6 +138,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _loss_and_gradients(hidden, weight, labels, rows, need_grad):
     """The mean loss, and its gradients with respect to hidden and weight if these are needed."""
     n, n_vocab = len(hidden), len(weight)
+    words = 2**22 // hidden.shape[1]  # 16 MiB of the weight at a time: larger products leave the caches
     hidden_grad = torch.empty_like(hidden) if need_grad else None
     weight_grad = torch.empty_like(weight) if need_grad else None
     buffer = hidden.new_empty(n_vocab * min(rows, n))
@@ -148,7 +149,8 @@ def _loss_and_gradients(hidden, weight, labels, rows, need_grad):
         logits = buffer[: n_vocab * len(h)].view(n_vocab, len(h))  # (V, R), in base 2
         h_T = (h.T * log2_e).contiguous()
         while True:
-            torch.mm(weight, h_T, out=logits)
+            for piece, out in zip(weight.split(words), logits.split(words), strict=True):
+                torch.mm(piece, h_T, out=out)
             if take_maximum:
                 logits.sub_(logits.amax(dim=0, keepdim=True))
             of_label = logits.gather(0, label[None])  # (1, R)
@@ -162,7 +164,9 @@ def _loss_and_gradients(hidden, weight, labels, rows, need_grad):
             p.scatter_add_(0, label[None], -total)
             scale = 1 / (total.T * n)  # (R, 1): divides by the sum, and takes the mean
             hidden_grad[start : start + rows] = (p.T @ weight) * scale
-            weight_grad.addmm_(p, h * scale, beta=float(start > 0))  # the first chunk replaces what was there
+            h = h * scale
+            for out, piece in zip(weight_grad.split(words), p.split(words), strict=True):
+                out.addmm_(piece, h, beta=float(start > 0))  # the first chunk replaces what was there
     return (nats / n).to(hidden.dtype), hidden_grad, weight_grad
 
 

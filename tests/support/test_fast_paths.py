@@ -17,7 +17,7 @@ from support.config import load_config
 from support.errors import UserError
 from support.hardware import choose_float32_products, compile_forward
 
-V, D = 5003, 24  # a prime: no multiple of any chunk, and more than one piece of 2048
+V, D = 5003, 24  # a prime: no multiple of any chunk
 
 
 @pytest.fixture(autouse=True)
