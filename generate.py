@@ -114,14 +114,26 @@ def generate(
 
 
 def _continue_batch(model, input_ids, mask, next_tokens, max_new_tokens, eot_token) -> list[list[int]]:
-    """The new tokens of each row of one left-padded batch: input_ids (B, S), mask (B, S)."""
+    """The new tokens of each row of one left-padded batch: input_ids (B, S), mask (B, S).
+
+    Keys and values of earlier tokens are cached, so that a step reads one token. That holds until the window
+    of P tokens is full: positions are absolute and learned, so when the window slides, every token in it gets
+    another position, and with it other keys and values. Each step from there on reads the whole window.
+    """
     prompt_len = input_ids.shape[1]
     continuations = [[] for _ in input_ids]
     going = torch.arange(len(input_ids), device=input_ids.device)  # the rows of the batch not yet ended
-    next_token_logits = _NextTokenLogits(model, unpadded=bool(mask.all()))
+    n_positions = model.position_embeddings.num_embeddings
+    caches = model.kv_caches() if hasattr(model, "kv_caches") else []
+    padded = not mask.all()
 
     for _ in range(max_new_tokens):
-        tokens = next_tokens(next_token_logits(input_ids, mask))[:, None]
+        if caches and input_ids.shape[1] <= n_positions:
+            new_ids = input_ids[:, caches[0].length :]
+            logits = model.next_token_logits(new_ids, mask if padded else None, caches=caches)
+        else:
+            logits = last_logits(model, input_ids[:, -n_positions:], mask[:, -n_positions:])
+        tokens = next_tokens(logits)[:, None]
         input_ids = torch.cat([input_ids, tokens], dim=1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
 
@@ -130,7 +142,8 @@ def _continue_batch(model, input_ids, mask, next_tokens, max_new_tokens, eot_tok
             for row, ids in zip(going[ended].tolist(), input_ids[ended].tolist(), strict=True):
                 continuations[row] = ids[prompt_len:-1]
             going, input_ids, mask = going[~ended], input_ids[~ended], mask[~ended]
-            next_token_logits.keep_rows(~ended)
+            for cache in caches:
+                cache.keep_rows(~ended)
             if len(going) == 0:
                 break
     for row, ids in zip(going.tolist(), input_ids.tolist(), strict=True):
@@ -143,35 +156,6 @@ def last_logits(model: DecoderLM, input_ids: torch.Tensor, mask: torch.Tensor) -
     if hasattr(model, "next_token_logits"):
         return model.next_token_logits(input_ids, mask)
     return model(input_ids, mask)[:, -1]
-
-
-class _NextTokenLogits:
-    """`model(ids[:, -P:])[:, -1]` for a growing sequence, reading each token only once while it can.
-
-    Keys and values of earlier tokens are cached, so a step computes one position. That holds until the
-    window of P tokens is full: positions are absolute and learned, so when the window slides, every
-    token in it gets another position, and with it other keys and values. Each step from there on reads
-    the whole window.
-    """
-
-    def __init__(self, model: DecoderLM, unpadded: bool):
-        self.model = model
-        self.unpadded = unpadded  # then no mask is needed
-        self.n_positions = model.position_embeddings.num_embeddings
-        self.caches = model.kv_caches() if hasattr(model, "kv_caches") else None
-
-    def __call__(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """input_ids (B, S), mask (B, S) -> (B, V)"""
-        if self.caches is not None and input_ids.shape[1] <= self.n_positions:
-            n_past = self.caches[0].length
-            mask = None if self.unpadded else mask
-            return self.model.next_token_logits(input_ids[:, n_past:], mask, caches=self.caches)
-        return last_logits(self.model, input_ids[:, -self.n_positions :], mask[:, -self.n_positions :])
-
-    def keep_rows(self, rows: torch.Tensor) -> None:
-        """Keep the rows of the batch marked True in `rows` (B,)."""
-        for cache in self.caches or []:
-            cache.keep_rows(rows)
 
 
 # --- Command ---

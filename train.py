@@ -350,7 +350,8 @@ def main(argv: list[str] | None = None) -> None:
             corpus = load_corpus(config.data, tokenizer.n_vocab)
         corpus.check_length(config.seq_len)
 
-        check_memory(config.model_config, tokenizer.n_vocab, device)
+        if not args.evaluate:
+            check_memory(config.model_config, tokenizer.n_vocab, device)
         torch.manual_seed(config.seed)
         model = DecoderLM(tokenizer.n_vocab, **vars(config.model_config)).to(device)
         loss = LanguageModelingLoss(model)

@@ -125,6 +125,7 @@ def _fill(model: DecoderLM, loaded: dict, path: str | Path, config: ModelConfig)
         check(finite, f"{path}: '{key}' holds values that are not finite; the run diverged, use another one")
         if key.endswith("scale_factor"):  # 1 / sqrt(D / H)
             same("n_head", *(f"{config.n_embd * scale.float() ** 2:.0f}" for scale in (tensor, expected)))
+            state[key] = expected  # half precision would have rounded it
     for key in state:
         check(key in wanted, f"{path}: the tensor '{key:.80}' is unknown; it is not a checkpoint of this model")
     model.load_state_dict(state)

@@ -1,36 +1,54 @@
 """The figures: the training curve and the histogram of p(positive)."""
 
-import os
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
 
+from support.errors import first_line
 from support.files import atomic_file
+from support.metrics import read_metrics
+from support.screen import show_note
 
 INK, TRAIN, RATE, BAD, GOOD = "#333333", "#1f6fb2", "#d98c2b", "#c2513c", "#2f8f6b"
 
 
+def _no_result(draw):
+    """Whatever keeps a picture from being drawn (no cache folder, no room, no matplotlib) is but a note."""
+
+    @wraps(draw)
+    def drawn(*args) -> None:
+        try:
+            draw(*args)
+        except Exception as error:
+            show_note(f"No {args[-1].name} could be drawn: {first_line(error)}")
+
+    return drawn
+
+
 def _figure(width: float, height: float, n_rows: int = 1, **kwargs):
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # not pyplot, which would look for a screen
 
     style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK}
-    with plt.rc_context(style):
-        return plt.subplots(n_rows, 1, figsize=(width, height), layout="constrained", **kwargs)
+    with rc_context(style):
+        figure = Figure((width, height), layout="constrained")
+        return figure, figure.subplots(n_rows, 1, **kwargs)
 
 
 def _save(figure, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=130)
-    plt.close(figure)
 
 
+@_no_result
 def plot_curve(
-    metrics: dict[str, np.ndarray], val_loss: float, ln_vocab: float, unigram: float, title: str, path: Path
+    metrics_csv: Path, val_loss: float, ln_vocab: float, unigram: float, title: str, path: Path
 ) -> None:
     """Train loss with its two reference lines above, learning rate below, both over steps."""
+    metrics = read_metrics(metrics_csv)
+    if len(metrics["step"]) == 0:
+        raise ValueError("metrics.csv has no row: train() never called on_step")
     figure, (above, below) = _figure(8, 6, n_rows=2, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     steps = metrics["step"]
     above.plot(steps, metrics["loss"], color=TRAIN, alpha=0.25, linewidth=0.8, label="each step")
@@ -47,6 +65,7 @@ def plot_curve(
     _save(figure, path)
 
 
+@_no_result
 def plot_classification(
     p: np.ndarray, labels: np.ndarray, boundaries: dict[str, float], title: str, path: Path
 ) -> None:

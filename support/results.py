@@ -2,20 +2,16 @@
 
 import math
 import os
-from pathlib import Path
 
 import torch
 
-from support.checkpoint import packed
+from support.checkpoint import ROOT, packed
 from support.config import dump_config, load_config
-from support.errors import first_line
 from support.files import json_text, write_together
 from support.hardware import peak_memory_mib
-from support.metrics import read_metrics
 from support.plots import plot_curve
-from support.screen import bold, duration, heading, next_commands, show_facts, show_note, show_text
+from support.screen import bold, duration, heading, next_commands, show_facts, show_text
 
-ROOT = Path(__file__).resolve().parent.parent
 EXPECTED_VAL_LOSS = {"smoke": 7.61, "GPT-tiny": 6.90}  # shipped configurations on the bundled sample
 FILES = ("model.pt", "config.yaml", "eval.json", "metrics.csv", "curve.png", "run.json", "training_state.pt")
 
@@ -50,14 +46,9 @@ def write_results(run, result: dict[str, float], n_predictions: int) -> dict[str
             run.folder / "run.json": json_text(measured).encode(),
         }
     )
-    try:
-        metrics = read_metrics(run.folder / "metrics.csv")
-        if len(metrics["step"]) == 0:
-            raise ValueError("metrics.csv has no row: train() never called on_step")
-        title = f"{run.folder.name} on {run.corpus.name}"
-        plot_curve(metrics, result["val-loss"], run.ln_vocab, run.unigram, title, run.folder / "curve.png")
-    except Exception as error:  # no cache folder, no room, no matplotlib: a picture is no result
-        show_note(f"No curve.png could be drawn: {first_line(error)}")
+    levels = (result["val-loss"], run.ln_vocab, run.unigram)
+    title = f"{run.folder.name} on {run.corpus.name}"
+    plot_curve(run.folder / "metrics.csv", *levels, title, run.folder / "curve.png")
     return {
         "trained": f"{c.num_training_steps} steps in {duration(run.seconds)}, {run.speed(seconds_per_step)}",
         "memory": f"{peak:.0f} MiB at the peak",

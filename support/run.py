@@ -90,6 +90,7 @@ class Run:
         ends = [time.perf_counter()]
         with self._explained():
             yield lambda result: ends.append(time.perf_counter())
+        check(len(ends) > 2, "--dry-run: train() did not call on_step, so its steps cannot be timed")
         typical = float(np.median(np.diff(ends)[1:]))  # the first step warms up
         total = typical * self.config.num_training_steps
         print(f"  {self.speed(typical)}")
@@ -258,7 +259,7 @@ class Run:
         if not self._bar.disable:
             self._bar.set_postfix_str(facts, refresh=False)
             self._bar.update()
-        elif done % max(1, total // 20) == 0 or done == total:
+        elif done % -(-total // 20) == 0 or done == total:
             left = duration((total - done) * seconds_per_step)
             print(f"step {done}/{total}  {facts}  {left} left", flush=True)
 

@@ -105,5 +105,5 @@ def _restore_random_state(state: dict, device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    if device.type == "cuda":
+    if device.type == "cuda" and "cuda" in state:  # it may have begun on a CPU
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -45,7 +45,7 @@ def _logged_in() -> bool:
     """Whether `wandb login` was done on this machine; asks no network."""
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     with suppress(OSError, netrc.NetrcParseError):
-        return "WANDB_API_KEY" in os.environ or host in netrc.netrc().hosts
+        return "WANDB_API_KEY" in os.environ or host in netrc.netrc(os.environ.get("NETRC")).hosts
     return False
 
 

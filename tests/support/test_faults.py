@@ -12,17 +12,19 @@ import threading
 import time
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from tiny_run import TinyRun, at_batches, leave_out_what_is_slow
 
 import train
 from model import DecoderLM
-from support import results, run, tracking
+from support import faults, results, run, tracking
 from support.checkpoint import load_archive
 from support.config import ModelConfig
 from support.files import atomic_file, json_text
 from support.metrics import COLUMNS, MetricsLog
+from support.plots import plot_classification
 
 resource = pytest.importorskip("resource", reason="this system has no resource limits")
 
@@ -134,6 +136,14 @@ def test_out_of_memory_names_the_numbers_and_the_remedy(tmp_path, capsys, argume
     assert error.count("\n") == 1 and error.startswith("error: out of memory at step 0"), error
     assert "batch_size 300000 × seq_len 8 × n_embd 8 × n_layer 1" in error
     assert "--set batch_size=150000 grad_accumulation_steps=2" in error
+
+
+def test_evaluation_asks_for_no_memory_for_training(tmp_path, monkeypatch):
+    tiny = TinyRun(tmp_path)
+    assert tiny.main() == 0
+    monkeypatch.setattr(faults, "BYTES_PER_PARAMETER", 1e12)
+    assert tiny.main("--evaluate", str(tiny.out / "model.pt")) == 0
+    assert tiny.main("--fresh") == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -425,6 +435,19 @@ def test_train_that_never_calls_on_step_ends_without_a_curve(tmp_path, monkeypat
     assert tiny.rows() == 1 and not (tiny.out / "curve.png").exists() and not tiny.state.exists()
     assert json.loads((tiny.out / "run.json").read_text())["seconds"] > 0
     assert json.loads((tiny.out / "eval.json").read_text())["val-loss"] > 0
+
+
+def test_histogram_that_cannot_be_drawn_costs_nothing(tmp_path, capsys):
+    (tmp_path / "classification.png").mkdir()
+    plot_classification(np.ones(3), np.array([0, 1, 1]), {"a": 0.5}, "title", tmp_path / "classification.png")
+    assert "No classification.png could be drawn" in capsys.readouterr().out
+
+
+def test_dry_run_of_a_train_that_never_calls_on_step_is_one_sentence(tmp_path, monkeypatch, capsys):
+    plain = train.train
+    monkeypatch.setattr(train, "train", lambda *args, on_step, **keys: plain(*args, **keys))
+    assert TinyRun(tmp_path).main("--dry-run") == 2
+    assert "train() did not call on_step, so its steps cannot be timed" in capsys.readouterr().err
 
 
 def making_the_picture_a_folder(function, out):

@@ -250,6 +250,15 @@ def test_other_precisions_load(tmp_path, original, dtype):
         assert tensor.dtype == torch.float32 and torch.equal(tensor, other.state_dict()[key].float())
 
 
+def test_scale_factor_is_never_that_of_half_precision(tmp_path):
+    """1 / sqrt(7) has no exact bfloat16, and every attention score is multiplied by it."""
+    shape = ModelConfig(n_embd=14, n_head=2, n_positions=5, n_layer=1)
+    model = DecoderLM(V, **vars(shape))
+    (tmp_path / "model.pt").write_bytes(packed(copy.deepcopy(model).bfloat16().state_dict()))
+    load_weights(model, tmp_path / "model.pt", shape)
+    assert model.blocks[0].mha.scale_factor.item() == pytest.approx(7**-0.5, rel=1e-7)
+
+
 # --- training states -------------------------------------------------------------------------------------
 
 

@@ -108,6 +108,11 @@ def test_facts_of_a_gpu(machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.ones(3))
     assert choose_hardware("cuda").name == "a GPU" and hardware.peak_memory_mib(gpu) == 3
     assert torch.equal(state.random_state(gpu)["cuda"], torch.ones(3))
+    restored = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda values, device: restored.append(values))
+    state._restore_random_state(state.random_state(gpu), gpu)
+    state._restore_random_state(state.random_state(torch.device("cpu")), gpu)  # a run begun on a CPU goes on
+    assert len(restored) == 1
     with pytest.raises(UserError, match=r"cuda has 0\.001 GB; make the model smaller"):
         check_memory(ModelConfig(32, 2, 128, 2), 50257, gpu)
 

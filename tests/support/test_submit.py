@@ -102,12 +102,13 @@ def test_a_fault_is_named_and_nothing_is_packed(solution, capsys, fault):
     assert not Path("ada.zip").exists()
 
 
-def test_force_packs_what_there_is_with_a_warning(solution, capsys):
-    (solution / "report" / "answers.pdf").unlink()
+@pytest.mark.parametrize(("fault", "missing"), [("no answers", {"ada.pdf"}), ("a ready-made layer", set())])
+def test_force_packs_what_there_is_with_a_warning(solution, capsys, fault, missing):
+    FAULTS[fault][0](solution)
     status, printed = outcome(capsys, "--force")
     assert status == 0 and "WARNING: 1 checks failed" in printed
     with zipfile.ZipFile("ada.zip") as archive:
-        assert set(archive.namelist()) == NAMES - {"ada.pdf"}
+        assert set(archive.namelist()) == NAMES - missing
 
 
 def test_a_large_checkpoint_is_refused(solution, capsys, monkeypatch):
