@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_run import ROOT, TinyRun, at_batches, leave_out_what_is_slow, processes, wait_until
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import train
 from model import DecoderLM
@@ -119,18 +118,14 @@ def tokens_of(seed: int, n: int) -> torch.Tensor:
 
 def joined_training(out: Path) -> None:
     """Three steps by hand-made batches, a validation; rank 0 writes what came of them."""
-    exchanges = []
+    without_exchange = []
     with join_world() as world:
         torch.manual_seed(1)
         model = DecoderLM(V, 10, 2, 11, 2, p_dropout=0.0)
         module = world.distribute(train.LanguageModelingLoss(model), seed=1)
         if world.size > 1:
-
-            def counted(_, bucket):
-                exchanges.append(bucket.is_last())
-                return allreduce_hook(None, bucket)
-
-            module.register_comm_hook(None, counted)
+            no_sync = module.no_sync
+            module.no_sync = lambda: without_exchange.append(1) or no_sync()
         batches = tokens_of(2, STEPS * ACCUMULATION * ROWS[0] * S).view(-1, world.size, ROWS[0] // world.size, S)
         optimizer, losses = torch.optim.SGD(model.parameters(), lr=1.0), []
         train.train(
@@ -153,7 +148,7 @@ def joined_training(out: Path) -> None:
                     **values,
                     "losses": losses,
                     "loss": evaluation["val-loss"],
-                    "sums": sum(exchanges),
+                    "without exchange": len(without_exchange),
                     "numbers": numbers,
                 },
                 out,
@@ -172,7 +167,8 @@ def test_gradients_and_losses_equal_one_process_with_the_joined_batch(tmp_path):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-6), "the loss shown must be that of all ranks"
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-6), "the shares must be weighted by their rows"
-    assert two["sums"] == STEPS, "gradients are exchanged once a step, not for every micro-batch"
+    quiet = STEPS * (ACCUMULATION - 1)
+    assert two["without exchange"] == quiet, "gradients are exchanged once a step, not for every micro-batch"
     assert len(set(two["numbers"])) == 2, "each rank needs a random stream of its own"
 
 
