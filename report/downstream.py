@@ -18,7 +18,7 @@ from support.config import dump_config
 from support.files import write_atomically, write_together
 from support.metrics import area_under_roc
 from support.prefixes import read_prefixes
-from support.reviews import DATA, load_reviews
+from support.reviews import load_reviews
 
 SHIPPED = ROOT / "model.pt"
 MOST_BYTES = 16_000_000
@@ -211,7 +211,7 @@ def sentiment() -> None:
     def fits(text: str) -> bool:
         return len(tokenizer.encode_ordinary(longest.format(text=text))) <= n_positions
 
-    reviews = load_reviews(str(DATA / "reviews.jsonl"), 1000, fits=fits)
+    reviews = load_reviews("sample", 1000, fits=fits)
     labels = np.array(reviews.labels)
     rows, draw = [], np.random.default_rng(0).integers(len(labels), size=(N_RESAMPLES, len(labels)))
     for template_name, template in TEMPLATES.items():
