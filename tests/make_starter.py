@@ -110,7 +110,20 @@ take seconds: sample from it, classify with it, and a training run of half a min
         "answers to the written questions; reproduce.py repeats their experiments",
         "template.tex for your answers",
     ),
-    ("README.md", "    docs/        more than fits here\n", ""),
+    (
+        "README.md",
+        """    docs/        more than fits here
+    model.pt config.yaml    the final model of question 2.6
+""",
+        "",
+    ),
+    (
+        "README.md",
+        """Two committed files are over 1 MB: `data/sample.npz` (1.5 MB) lets training start offline, and `model.pt` (7.3 MB), the
+final model of question 2.6, lets everything else.
+""",
+        "`data/sample.npz` (1.5 MB), the one file over 1 MB, lets training start offline.\n",
+    ),
     (
         "README.md",
         """`configs/tune-1e15-*.yaml` and `final-1e17.yaml` are for the course's budgets on C4;
