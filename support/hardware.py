@@ -75,6 +75,7 @@ def choose_float32_products() -> None:
     AMD's processors since it leaves AVX-512 unused there. "medium" also permits bfloat16 inside; processors
     that have fast instructions for it (AMX) make use of that, and there MKL stays.
     """
+    torch.set_float32_matmul_precision("highest")
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return
     a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))

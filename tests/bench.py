@@ -184,8 +184,9 @@ class Trainer:
 
 def choose_products(contender: str) -> None:
     """Set PyTorch's switch for float32 products: as our commands do it, or for the others as it comes."""
-    torch.set_float32_matmul_precision("highest")
-    if contender == "ours":
+    if contender != "ours":
+        torch.set_float32_matmul_precision("highest")
+    else:
         from support.hardware import choose_float32_products
 
         choose_float32_products()

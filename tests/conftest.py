@@ -70,17 +70,14 @@ def no_network():
 def fixed_seeds_and_torch_state():
     """Every test starts from the same seeds and leaves torch's global switches as it found them."""
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    precision, deterministic = (
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
-    )
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.set_float32_matmul_precision("highest")  # whatever a command in a fixture of the module chose
     random.seed(667)
     np.random.seed(667)
     torch.manual_seed(667)
     yield
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
     if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call alone imports the compiler
         torch.use_deterministic_algorithms(deterministic)
     torch.set_grad_enabled(True)
