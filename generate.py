@@ -199,6 +199,8 @@ def main(argv: list[str] | None = None) -> None:
         sampling = ", ".join([sampling, *limits, *seed, f"up to {args.max_new_tokens} new tokens"])
         show_facts({**trained.facts(), "sampling": sampling})
 
+        if trained.device.type == "cpu":  # one row at a time: what support/hardware.py chose for many is slower
+            torch.set_float32_matmul_precision("highest")
         torch.manual_seed(args.seed)
         started = time.perf_counter()
         prompts = [prefix for prefix in prefixes for _ in range(args.num_samples)]

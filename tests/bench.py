@@ -34,6 +34,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -182,9 +183,9 @@ class Trainer:
 # --- Measuring ----------------------------------------------------------------------------------------------
 
 
-def choose_products(contender: str) -> None:
+def choose_products(contender: str, also_ours: bool = True) -> None:
     """Set PyTorch's switch for float32 products: as our commands do it, or for the others as it comes."""
-    if contender != "ours":
+    if contender != "ours" or not also_ours:
         torch.set_float32_matmul_precision("highest")
     else:
         from support.hardware import choose_float32_products
@@ -192,18 +193,18 @@ def choose_products(contender: str) -> None:
         choose_float32_products()
 
 
-def interleave(runs: dict[str, Callable], probes: dict[str, Callable], repetitions: int):
+def interleave(runs: dict[str, Callable], probes: dict[str, Callable], repetitions: int, choose=choose_products):
     """Seconds of each run per repetition, its last result, and the best value of each probe.
 
     A run is called with the number of the repetition, and once before with -1 to warm up.
     """
     for name, run in runs.items():
-        choose_products(name)
+        choose(name)
         run(-1)
     seconds, results, best = {name: [] for name in runs}, {}, dict.fromkeys(probes, 0.0)
     for repetition in range(repetitions):
         for name, run in runs.items():
-            choose_products(name)
+            choose(name)
             start = time.perf_counter()
             results[name] = run(repetition)
             seconds[name].append(time.perf_counter() - start)
@@ -356,7 +357,8 @@ def bench_generation(batch_size: int, repetitions: int) -> dict:
         gpt2 = transformers_model(DECODER).eval()
         options = {"attention_mask": torch.ones_like(input_ids), "do_sample": False, "pad_token_id": EOT}
         runs["transformers"] = lambda r: gpt2.generate(input_ids, max_new_tokens=n_new(r), **options)
-    seconds, results, best = interleave(runs, {"read": read_rate}, repetitions)
+    choose = partial(choose_products, also_ours=False)  # generate.py keeps PyTorch's default
+    seconds, results, best = interleave(runs, {"read": read_rate}, repetitions, choose)
     assert EOT not in results["textbook"], "a row ended early, so times per token are wrong: use another seed"
     expected = [tokenizer.decode(ids) for ids in results["textbook"].tolist()]
     equal = [a == b for a, b in zip(results["ours"], expected, strict=True)]
