@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from support.errors import RunStopped, UserError, check
 
 PATIENCE = timedelta(minutes=30)  # with a silent process; the longest wait is for rank 0 to tokenise a text
+_ENDED: list[dist.ProcessGroup] = []
 LOST = "another process of this run has ended or is silent; its own message, or torchrun's, says why"
 
 
@@ -117,6 +118,9 @@ def join_world():
                 raise
             raise told from error
     dist.barrier()  # the store lives in rank 0, which must not leave before the others
+    # The group's destructor holds Python's lock and waits for gloo's threads, one of which may wait for that very
+    # lock to drop the last tensor. So a reference stays until the process ends.
+    _ENDED.append(dist.group.WORLD)
     dist.destroy_process_group()  # not after an error: it would wait for the others
 
 
