@@ -13,7 +13,7 @@ import torch
 from model import DecoderLM
 from support.config import ModelConfig, TrainingConfig, load_config
 from support.errors import UserError, check, first_line, is_out_of_memory
-from support.hardware import choose_hardware
+from support.hardware import Hardware, choose_hardware
 from support.screen import count
 from support.tokenizer import get_tokenizer
 
@@ -138,9 +138,14 @@ class TrainedModel:
     model: DecoderLM
     config: TrainingConfig
     tokenizer: tiktoken.Encoding
-    device: torch.device
+    hardware: Hardware
     path: Path
     how_found: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.hardware.device
 
     @property
     def folder(self) -> Path:
@@ -152,7 +157,7 @@ class TrainedModel:
         n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return {
             "model": f"{self.path}, {count(n_parameters, 'parameters')} ({self.how_found})",
-            "device": str(choose_hardware()),
+            "device": str(self.hardware),
         }
 
 
@@ -166,13 +171,13 @@ def load_trained_model(config_path: str | None, checkpoint: str | None) -> Train
         f"{beside}: missing, so the shape of {path} is unknown; name its YAML with --config",
     )
     config = load_config(config_path or str(beside))
-    device = choose_hardware().device
+    hardware = choose_hardware()
     tokenizer = get_tokenizer(config.tokenizer_encoding)
     # Before the model is built, which may not fit into memory.
     loaded = _load_plausible(path, config.model_config, tokenizer.n_vocab)
     model = DecoderLM(tokenizer.n_vocab, **vars(config.model_config))
     _fill(model, loaded, path, config.model_config)
-    return TrainedModel(model.to(device).eval(), config, tokenizer, device, path, how_found)
+    return TrainedModel(model.to(hardware.device).eval(), config, tokenizer, hardware, path, how_found)
 
 
 def find_checkpoint(config_path: str | None, checkpoint: str | None) -> tuple[Path, str]:
