@@ -28,6 +28,7 @@ def plot_curves(
     thick: int = 8,
     x: str = "training step",
     flops: dict[str, dict] | None = None,
+    log_x: bool = False,
 ) -> None:
     """Running means of the training loss over steps, or over FLOPs; a dot is a validation loss at the end."""
     with plt.rc_context(STYLE):
@@ -48,7 +49,10 @@ def plot_curves(
                 axes.plot(steps[-1:], [dots[label]], "o", color=COLOURS[i], clip_on=False)
         for label, level in (levels or {}).items():
             axes.axhline(level, color="#333333", linewidth=1, linestyle=":")
-            axes.annotate(f"{label} {level:.2f}", (axes.get_xlim()[1], level), ha="right", va="bottom")
+            axes.annotate(f"{label} {level:.2f}", (1, level), va="bottom")
+        if log_x:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(x)
         axes.set_ylabel("training loss, mean of 20 steps (nats)")
         axes.set_ylim(top=top)

@@ -28,7 +28,11 @@ class UntiedLM(DecoderLM):
 
 
 class GPT2(nn.Module):
-    """GPT2LMHeadModel of transformers with its own initialisation and loss path, and DecoderLM's arguments."""
+    """GPT2LMHeadModel of transformers with its own initialisation, and DecoderLM's arguments.
+
+    `hidden_states` and `token_embeddings` let train.py compute its loss in chunks, as DecoderLM's: the loss of
+    GPT2LMHeadModel to rounding (tests/support/test_report.py), four times faster at this size.
+    """
 
     def __init__(self, n_vocab: int, n_embd: int, n_head: int, n_positions: int, n_layer: int, p_dropout=0.1):
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -48,6 +52,15 @@ class GPT2(nn.Module):
         with torch.random.fork_rng():
             self.gpt2 = GPT2LMHeadModel(config)
         self.position_embeddings = self.gpt2.transformer.wpe  # generate() asks it for n_positions
+
+    @property
+    def token_embeddings(self) -> nn.Embedding:
+        """The input embeddings, which are the output matrix as well."""
+        return self.gpt2.transformer.wte
+
+    def hidden_states(self, input_ids):
+        """(B, S) -> (B, S, D), after the final LayerNorm"""
+        return self.gpt2.transformer(input_ids).last_hidden_state
 
     def forward(self, input_ids, attention_mask=None):
         """(B, S) -> logits (B, S, V)"""

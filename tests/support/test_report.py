@@ -92,5 +92,10 @@ def test_gpt2_of_transformers_is_of_the_same_size_and_sees_the_same_batches(repr
     ours, gpt2 = ours_and(reproduce.GPT2)
     assert sum(p.numel() for p in gpt2.parameters()) == sum(p.numel() for p in ours.parameters())
     assert gpt2.flops_per_token == ours.flops_per_token
-    assert gpt2(torch.randint(61, (2, 7))).shape == (2, 7, 61)
     assert gpt2.gpt2.transformer.drop.p == 0.0
+    ids = torch.randint(61, (2, 7))
+    assert gpt2(ids).shape == (2, 7, 61)
+    losses = gpt2.gpt2(ids, labels=ids).loss, train.LanguageModelingLoss(gpt2)(ids)
+    torch.testing.assert_close(*losses)
+    gradients = [torch.autograd.grad(loss, list(gpt2.parameters())) for loss in losses]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)  # float32 sums in another order
