@@ -60,10 +60,11 @@ def curve(name: str) -> np.ndarray:
 
 
 def markdown(header: str, rows: list[tuple]) -> str:
-    """A table: the first column to the left, numbers to the right."""
-    n = header.count("|") + 1
-    lines = [f"| {header} |", "| --- |" + " ---: |" * (n - 1)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
+    """A table: the first column to the left, numbers to the right. pandoc reads its widths off the dashes."""
+    rows = [[str(cell) for cell in row] for row in [header.split(" | "), *rows]]
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    dashes = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], dashes, *rows[1:]])
 
 
 def power_of_ten(value: float) -> str:
@@ -144,13 +145,13 @@ def lengths() -> dict[str, str]:
 
 FAULTS = {  # of 2.4, in the order of the table; the first three are drawn thick
     "expected": "expected",
-    "low-rate": "case 1: rate 6.7 times too low",
-    "high-rate": "case 2: rate 500 times too high, no warm-up",
-    "long-warmup": "rival: warm-up as long as the run",
-    "few-steps": "rival: a sixth of the steps",
-    "small-batch": "rival: a quarter of the batch",
-    "high-rate-warmup": "rival: rate 500 times too high, with warm-up",
-    "no-warmup": "rival: no warm-up, right rate",
+    "low-rate": "case 1: rate / 6.7",
+    "high-rate": "case 2: × 500, no warm-up",
+    "long-warmup": "warm-up as long as the run",
+    "few-steps": "a sixth of the steps",
+    "small-batch": "a quarter of the batch",
+    "high-rate-warmup": "rate × 500 with warm-up",
+    "no-warmup": "no warm-up, right rate",
 }
 LEVELS = (10.0, 8.4, 7.9)
 
@@ -172,11 +173,11 @@ def faults() -> dict[str, str]:
         c = result(f"2.4-{key}")["config"]
         steps = [first_below(losses, level) for level in LEVELS]
         cells = [
-            "never" if math.isnan(s) else f"{s:.0f}" + (f" (× {s / r:.1f})" if key != "expected" else "")
+            "never" if math.isnan(s) else f"{s:.0f}" + (f" (×{s / r:.1f})" if key != "expected" else "")
             for s, r in zip(steps, reference, strict=True)
         ]
-        setup = f"{c['max_lr']:g}, {c['num_warmup_steps']}"
-        rows.append((FAULTS[key], setup, *cells, f"{losses[:12, 1].max():.1f}", f"{losses[-1, 1]:.2f}"))
+        setup = f"{c['max_lr']:g}", c["num_warmup_steps"]
+        rows.append((FAULTS[key], *setup, *cells, f"{losses[:12, 1].max():.1f}", f"{losses[-1, 1]:.2f}"))
     plot_curves(
         "2.4-faults.png",
         {FAULTS[key]: losses for key, losses in curves.items()},
@@ -184,7 +185,7 @@ def faults() -> dict[str, str]:
         thick=3,
         log_x=True,
     )
-    header = "run | rate, warm-up | 10.0 at step | 8.4 at step | 7.9 at step | highest by step 11 | at the end"
+    header = "run | rate | warm-up | 10.0 at step | 8.4 at step | 7.9 at step | peak | end"
     return {"2.4": markdown(header, rows)}
 
 
@@ -290,15 +291,15 @@ def against_gpt2() -> dict[str, str]:
     rows = []
     for setting, name in (
         (RIVALS_OF, "DecoderLM, tuned"),
-        ("gpt2-gpt2", "GPT-2 of transformers, its usual settings"),
-        ("gpt2-tuned", "GPT-2 of transformers, our learning rate"),
+        ("gpt2-gpt2", "GPT-2, usual settings"),
+        ("gpt2-tuned", "GPT-2, our learning rate"),
     ):
         if (RESULTS / f"{setting}.json").exists():
             runs = seeds(setting)
             loss, c4 = [r["val-loss"] for r in runs], [r["c4-loss"] for r in runs]
             perplexity = f"{math.exp(np.mean(loss)):.0f}", f"{math.exp(np.mean(c4)):,.0f}"
-            rate = f"{runs[0]['config']['max_lr']:g}"
-            rows.append((name, rate, f"{runs[0]['parameters']:,}", len(runs), mean_and_range(loss), *perplexity))
+            first = f"{runs[0]['config']['max_lr']:g}", f"{runs[0]['parameters'] / 1e6:.2f} M"
+            rows.append((name, *first, len(runs), mean_and_range(loss), *perplexity))
     measured("gpt2")  # says so when there is none
     header = "model | highest rate | parameters | seeds | validation loss | perplexity | on C4"
     return {"gpt2": markdown(header, rows)}
