@@ -292,7 +292,7 @@ def against_gpt2() -> dict[str, str]:
     for setting, name in (
         (RIVALS_OF, "DecoderLM, tuned"),
         ("gpt2-gpt2", "GPT-2, usual settings"),
-        ("gpt2-tuned", "GPT-2, our learning rate"),
+        ("gpt2-tuned", "GPT-2, our rate"),
     ):
         if (RESULTS / f"{setting}.json").exists():
             runs = seeds(setting)
