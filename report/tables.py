@@ -123,8 +123,10 @@ def schedules() -> dict[str, str]:
         shape = "constant" if c["max_lr"] == c["min_lr"] else f"cosine to {c['min_lr']:g}"
         warm_up = f"{c['num_warmup_steps']} steps" if c["num_warmup_steps"] else "none"
         loss = [run["val-loss"] for run in runs]
-        rows.append((f"{c['max_lr']:g}, {shape}", warm_up, len(runs), mean_and_range(loss)))
-    return {"2.2": markdown("highest rate, annealing | warm-up | seeds | validation loss", rows)}
+        rows.append(
+            (f"{c['max_lr']:g}, {shape}", warm_up, f"{c['num_training_steps']:,}", len(runs), mean_and_range(loss))
+        )
+    return {"2.2": markdown("highest rate, annealing | warm-up | steps | seeds | validation loss", rows)}
 
 
 def lengths() -> dict[str, str]:
