@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 from figures import plot_curves, plot_fit, plot_histogram
 
+from support.corpus import load_corpus, unigram_entropy
+from support.tokenizer import get_tokenizer
+
 REPORT = Path(__file__).resolve().parent
 ROOT = REPORT.parent
 CONFIGS, RESULTS, ANSWERS = REPORT / "configs", REPORT / "results", REPORT / "answers.md"
@@ -180,10 +183,12 @@ def faults() -> dict[str, str]:
         ]
         setup = f"{c['max_lr']:g}", c["num_warmup_steps"]
         rows.append((FAULTS[key], *setup, *cells, f"{losses[:12, 1].max():.1f}", f"{losses[-1, 1]:.2f}"))
+    n_vocab = get_tokenizer().n_vocab
+    unigram = unigram_entropy(load_corpus("sample", n_vocab).train, n_vocab)
     plot_curves(
         "2.4-faults.png",
         {FAULTS[key]: losses for key, losses in curves.items()},
-        levels={"unigram entropy": 7.53},
+        levels={"unigram entropy": unigram},
         thick=3,
         log_x=True,
     )

@@ -34,7 +34,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -183,11 +182,15 @@ class Trainer:
 # --- Measuring ----------------------------------------------------------------------------------------------
 
 
-def choose_products(contender: str, also_ours: bool = True) -> None:
+def default_products(contender: str) -> None:
+    """Leave PyTorch's switch for float32 products as it comes, whoever runs."""
+    torch.set_float32_matmul_precision("highest")
+
+
+def choose_products(contender: str) -> None:
     """Set PyTorch's switch for float32 products: as our commands do it, or for the others as it comes."""
-    if contender != "ours" or not also_ours:
-        torch.set_float32_matmul_precision("highest")
-    else:
+    default_products(contender)
+    if contender == "ours":
         from support.hardware import choose_float32_products
 
         choose_float32_products()
@@ -357,8 +360,8 @@ def bench_generation(batch_size: int, repetitions: int) -> dict:
         gpt2 = transformers_model(DECODER).eval()
         options = {"attention_mask": torch.ones_like(input_ids), "do_sample": False, "pad_token_id": EOT}
         runs["transformers"] = lambda r: gpt2.generate(input_ids, max_new_tokens=n_new(r), **options)
-    choose = partial(choose_products, also_ours=False)  # generate.py keeps PyTorch's default
-    seconds, results, best = interleave(runs, {"read": read_rate}, repetitions, choose)
+    # generate.py keeps PyTorch's default
+    seconds, results, best = interleave(runs, {"read": read_rate}, repetitions, default_products)
     assert EOT not in results["textbook"], "a row ended early, so times per token are wrong: use another seed"
     expected = [tokenizer.decode(ids) for ids in results["textbook"].tolist()]
     equal = [a == b for a, b in zip(results["ours"], expected, strict=True)]
