@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     from support.checkpoint import load_trained_model
-    from support.errors import check, exit_on_user_error
+    from support.errors import exit_on_user_error, require
     from support.files import json_text, write_atomically
     from support.metrics import area_under_roc
     from support.plots import plot_classification
@@ -108,8 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     from support.screen import bold, heading, next_commands, show_facts, show_note
 
     with exit_on_user_error():
-        check(args.limit >= 1, f"--limit {args.limit}: give 1 or more")
-        check(args.batch_size >= 1, f"--batch_size {args.batch_size}: give 1 or more")
+        require(args.limit >= 1, f"--limit {args.limit}: give 1 or more")
+        require(args.batch_size >= 1, f"--batch_size {args.batch_size}: give 1 or more")
         trained = load_trained_model(args.config, args.checkpoint)
         model, tokenizer = trained.model, trained.tokenizer
 

@@ -177,18 +177,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     from support.checkpoint import load_trained_model
-    from support.errors import check, exit_on_user_error
+    from support.errors import exit_on_user_error, require
     from support.files import write_atomically
     from support.prefixes import read_prefixes
     from support.screen import heading, next_commands, show_facts, show_text
 
     with exit_on_user_error():
-        check(args.max_new_tokens >= 1, f"--max_new_tokens {args.max_new_tokens}: give 1 or more")
-        check(0 <= args.temperature < math.inf, f"--temperature {args.temperature}: give 0 (greedy) or more")
-        check(args.top_k is None or args.top_k >= 1, f"--top_k {args.top_k}: give 1 or more")
-        check(args.top_p is None or 0 < args.top_p <= 1, f"--top_p {args.top_p}: give more than 0, at most 1")
-        check(args.num_samples >= 1, f"--num_samples {args.num_samples}: give 1 or more")
-        check(args.batch_size >= 1, f"--batch_size {args.batch_size}: give 1 or more")
+        require(args.max_new_tokens >= 1, f"--max_new_tokens {args.max_new_tokens}: give 1 or more")
+        require(0 <= args.temperature < math.inf, f"--temperature {args.temperature}: give 0 (greedy) or more")
+        require(args.top_k is None or args.top_k >= 1, f"--top_k {args.top_k}: give 1 or more")
+        require(args.top_p is None or 0 < args.top_p <= 1, f"--top_p {args.top_p}: give more than 0, at most 1")
+        require(args.num_samples >= 1, f"--num_samples {args.num_samples}: give 1 or more")
+        require(args.batch_size >= 1, f"--batch_size {args.batch_size}: give 1 or more")
         prefixes = read_prefixes(args.prefixes)
         trained = load_trained_model(args.config, args.checkpoint)
 

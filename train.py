@@ -335,10 +335,10 @@ def main(argv: list[str] | None = None) -> None:
     from support.corpus import load_corpus
     from support.distribution import join_world
     from support.errors import exit_on_user_error
-    from support.faults import check_memory
     from support.hardware import choose_hardware, compile_forward
     from support.run import Run
     from support.screen import show_evaluation
+    from support.signals import check_memory
     from support.tokenizer import get_tokenizer
 
     with exit_on_user_error(), join_world() as world:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.corpus import read_tokens, write_runs  # noqa: E402
-from support.errors import UserError, check, exit_on_user_error  # noqa: E402
+from support.errors import UserError, exit_on_user_error, require  # noqa: E402
 from support.files import atomic_file, write_atomically  # noqa: E402
 from support.hub import Unavailable, ask, reason  # noqa: E402
 from support.text import read_jsonl, read_pieces, split_held_out, tokenise  # noqa: E402
@@ -77,7 +77,7 @@ def hub_records(name: str, config: str | None) -> Iterator[dict]:
 
         for row in datasets.load_dataset(name, config, split="train", streaming=True):
             found = ", ".join(row)
-            check(isinstance(row.get("text"), str), f"hf:{name}: no text in a column 'text' (found: {found})")
+            require(isinstance(row.get("text"), str), f"hf:{name}: no text in a column 'text' (found: {found})")
             yield row
             n_read += 1
     except UserError:
@@ -97,7 +97,7 @@ def documents(arguments: argparse.Namespace, titles: list[str]) -> Iterator[tupl
         records = (record for _, record in read_jsonl(Path(source), progress=True))
     else:
         only_text = not (max_chars or arguments.prose_only)
-        check(only_text, f"{source}: a text file has no --max-chars-per-document and --prose-only")
+        require(only_text, f"{source}: a text file has no --max-chars-per-document and --prose-only")
         yield from read_pieces(Path(source))
         return
     for record in records:
@@ -119,7 +119,7 @@ def draw(lengths: array, wanted: dict[str, int], order: Sequence[int]) -> dict[s
         first = position
         while missing > 0:
             enough = position < len(order)
-            check(enough, f"--tokens: the source lacks {missing:,} {split} tokens; ask for fewer")
+            require(enough, f"--tokens: the source lacks {missing:,} {split} tokens; ask for fewer")
             missing -= lengths[order[position]]
             position += 1
         drawn[split] = order[first:position]
@@ -184,15 +184,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def prepare(arguments: argparse.Namespace) -> None:
     source, out = arguments.source, arguments.out
-    check(source.startswith(HUB) or Path(source).is_file(), f"{source} does not exist; mend the path")
-    check(out.parent.is_dir(), f"{out.parent} does not exist; mend the path")
+    require(source.startswith(HUB) or Path(source).is_file(), f"{source} does not exist; mend the path")
+    require(out.parent.is_dir(), f"{out.parent} does not exist; mend the path")
     if arguments.reviews:
         reviews = draw_reviews(Path(source), arguments.reviews)
         write_atomically(out, "".join(json.dumps(review) + "\n" for review in reviews))
         print(f"{out}: {len(reviews):,} reviews")
         return
     a_file = out.suffix != ".npz" and out.is_file()
-    check(not a_file, f"{out} is a file; write to an .npz or to a folder")
+    require(not a_file, f"{out} is a file; write to an .npz or to a folder")
     with TemporaryFile(dir=out.parent) as spool:
         runs = choose(arguments, spool)
         write_tokens(out, spool, runs)
@@ -215,7 +215,7 @@ def choose(arguments: argparse.Namespace, spool: BinaryIO) -> dict[str, np.ndarr
             n_read["val" if n_read["val"] < n_val else "train"] += length
             if streamed and n_train and n_read["train"] >= n_train:
                 break
-    check(len(lengths) > 0, f"{arguments.source}: holds no text that the options admit; relax them")
+    require(len(lengths) > 0, f"{arguments.source}: holds no text that the options admit; relax them")
     if not n_train:
         return split_held_out(np.array(lengths))
     order = array("q", range(len(lengths)))

@@ -13,7 +13,7 @@ from tables import OUTPUTS, RESULTS, ROOT, best_tuned
 import train
 from classify import YELP_LABEL_MAP, YELP_TEMPLATE, decision_boundary, score
 from generate import encode_prompt, generate, softmax_with_temperature
-from support.checkpoint import load_trained_model, packed
+from support.checkpoint import load_trained_model, to_bytes
 from support.config import dump_config
 from support.files import write_atomically, write_together
 from support.metrics import area_under_roc
@@ -51,7 +51,7 @@ def ship() -> None:
         key: tensor if key.endswith("scale_factor") else tensor.bfloat16()
         for key, tensor in trained.model.state_dict().items()
     }
-    archive = packed(weights)
+    archive = to_bytes(weights)
     if len(archive) > MOST_BYTES:
         raise ValueError(f"model.pt would have {len(archive):,} bytes, more than {MOST_BYTES:,}")
     config = dataclasses.replace(trained.config, output_dir="outputs/final", device="auto")

@@ -39,7 +39,7 @@ import train  # noqa: E402
 from data import prepare  # noqa: E402
 from model import DecoderLM  # noqa: E402
 from support.config import load_config  # noqa: E402
-from support.errors import check, exit_on_user_error  # noqa: E402
+from support.errors import exit_on_user_error, require  # noqa: E402
 from support.files import write_atomically  # noqa: E402
 from support.metrics import read_metrics  # noqa: E402
 from support.text import read_pieces, tokenise  # noqa: E402
@@ -116,7 +116,7 @@ def measure_run(setting: str, run: str) -> None:
 
 def c4_loss(model, seq_len: int) -> float:
     """Loss on the held-out C4 documents, nats per token."""
-    check(C4.exists(), f"{C4} is not there; make it with report/reproduce.py data")
+    require(C4.exists(), f"{C4} is not there; make it with report/reproduce.py data")
     tokens = np.load(C4)["val"]
     batches = train.sequential_batch_sampler(tokens, "cpu", 8, seq_len, drop_last=False)
     return train.evaluate(model, batches)["val-loss"]
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
             make_pdf()
         elif args.command == "train":
             there = (CONFIGS / f"{args.setting}.yaml").exists()
-            check(there, f"report/configs/{args.setting}.yaml does not exist; see that folder for the names")
+            require(there, f"report/configs/{args.setting}.yaml does not exist; see that folder for the names")
             train_run(args.setting, args.seed, args.fresh)
             measure_run(args.setting, tables.run_name(args.setting, args.seed))
         else:

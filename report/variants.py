@@ -31,7 +31,7 @@ class GPT2(nn.Module):
     """GPT2LMHeadModel of transformers with its own initialisation, and DecoderLM's arguments.
 
     `hidden_states` and `token_embeddings` let train.py compute its loss in chunks, as DecoderLM's: the loss of
-    GPT2LMHeadModel to rounding (tests/support/test_report.py), in less time and memory.
+    GPT2LMHeadModel to rounding (tests/package/test_report.py), in less time and memory.
     """
 
     def __init__(self, n_vocab: int, n_embd: int, n_head: int, n_positions: int, n_layer: int, p_dropout=0.1):

@@ -12,7 +12,7 @@ import torch
 
 from model import DecoderLM
 from support.config import ModelConfig, TrainingConfig, load_config
-from support.errors import UserError, check, first_line, is_out_of_memory
+from support.errors import UserError, first_line, is_out_of_memory, require
 from support.hardware import Hardware, choose_hardware
 from support.screen import count
 from support.tokenizer import get_tokenizer
@@ -27,7 +27,7 @@ FIELDS = {  # of the configuration, by the shapes that show them
 }
 
 
-def packed(values: dict) -> memoryview:
+def to_bytes(values: dict) -> memoryview:
     """What torch.save writes. In memory, so that a full disk is later an OSError of one file, nothing else."""
     buffer = io.BytesIO()
     torch.save(values, buffer)
@@ -40,20 +40,20 @@ def load_archive(path: Path, least_bytes: float, most_bytes: float, remedy: str 
     Raises UserError when it cannot be read, is damaged (every byte counts in a CRC, which torch.load
     itself does not compare), asks for anything but plain tensors, or unpacks to more or fewer bytes.
     """
-    check(path.is_file(), f"{path}: no such checkpoint; train one with python train.py")
+    require(path.is_file(), f"{path}: no such checkpoint; train one with python train.py")
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             n_bytes = sum(entry.file_size for entry in entries)
-            check(
+            require(
                 least_bytes <= n_bytes <= most_bytes,
                 f"{path}: declares {n_bytes / 2**20:.2f} MiB, but its configuration needs "
                 f"{least_bytes / 2**20:.2f} to {most_bytes / 2**20:.2f}; the two do not belong together; {remedy}",
             )
             unique = len({entry.filename for entry in entries}) == len(entries)
-            check(unique, f"{path}: an entry stands in it twice; {remedy}")  # two readers could read two files
+            require(unique, f"{path}: an entry stands in it twice; {remedy}")  # two readers could read two files
             damaged = archive.testzip()
-            check(damaged is None, f"{path}: damaged ('{damaged}' fails its checksum); {remedy}")
+            require(damaged is None, f"{path}: damaged ('{damaged}' fails its checksum); {remedy}")
         values = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -65,7 +65,7 @@ def load_archive(path: Path, least_bytes: float, most_bytes: float, remedy: str 
         raise UserError(
             f"{path}: holds more than plain tensors, or is damaged ({first_line(error)}); {remedy}"
         ) from None
-    check(isinstance(values, dict), f"{path}: holds a {type(values).__name__}, not a state dict; {remedy}")
+    require(isinstance(values, dict), f"{path}: holds a {type(values).__name__}, not a state dict; {remedy}")
     return values
 
 
@@ -100,7 +100,7 @@ def _fill(model: DecoderLM, loaded: dict, path: str | Path, config: ModelConfig)
     wanted = model.state_dict()
 
     def same(name: str, theirs, ours) -> None:
-        check(
+        require(
             theirs == ours,
             f"{path}: its weights have {name} = {theirs}, but its configuration says {name} = {ours}; "
             "give the config.yaml that belongs to it",
@@ -110,24 +110,24 @@ def _fill(model: DecoderLM, loaded: dict, path: str | Path, config: ModelConfig)
     for key, expected in wanted.items():
         if key.endswith("scale_factor"):
             state.setdefault(key, expected)
-        check(key in state, f"{path}: the tensor '{key}' is missing; it is not a checkpoint of this model")
+        require(key in state, f"{path}: the tensor '{key}' is missing; it is not a checkpoint of this model")
         tensor = state[key]
         # A hostile file may hold sparse, nested or empty shells.
         plain = isinstance(tensor, torch.Tensor) and not tensor.is_nested and tensor.layout == torch.strided
         plain = plain and tensor.device.type == "cpu" and tensor.dtype in FLOATS
-        check(plain, f"{path}: '{key}' is a {type(tensor).__name__} of another kind; {RETRY}")
+        require(plain, f"{path}: '{key}' is a {type(tensor).__name__} of another kind; {RETRY}")
         for name, theirs, ours in zip(FIELDS.get(key, ()), tensor.shape, expected.shape):  # noqa: B905
             same(name, theirs, ours)
         found = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
         fits = tensor.shape == expected.shape
-        check(fits, f"{path}: '{key}' is {found}, not of shape {tuple(expected.shape)}; {RETRY}")
+        require(fits, f"{path}: '{key}' is {found}, not of shape {tuple(expected.shape)}; {RETRY}")
         finite = bool(tensor.isfinite().all())
-        check(finite, f"{path}: '{key}' holds values that are not finite; the run diverged, use another one")
+        require(finite, f"{path}: '{key}' holds values that are not finite; the run diverged, use another one")
         if key.endswith("scale_factor"):  # 1 / sqrt(D / H)
             same("n_head", *(f"{config.n_embd * scale.float() ** 2:.0f}" for scale in (tensor, expected)))
             state[key] = expected  # half precision would have rounded it
     for key in state:
-        check(key in wanted, f"{path}: the tensor '{key:.80}' is unknown; it is not a checkpoint of this model")
+        require(key in wanted, f"{path}: the tensor '{key:.80}' is unknown; it is not a checkpoint of this model")
     model.load_state_dict(state)
 
 
@@ -164,9 +164,9 @@ class TrainedModel:
 def load_trained_model(config_path: str | None, checkpoint: str | None) -> TrainedModel:
     """The model that the two flags name, or else the newest one; on the best device there is."""
     path, how_found = find_checkpoint(config_path, checkpoint)
-    check(path.is_file(), f"{path}: no such checkpoint; train one with python train.py")
+    require(path.is_file(), f"{path}: no such checkpoint; train one with python train.py")
     beside = path.parent / "config.yaml"
-    check(
+    require(
         config_path is not None or beside.exists(),
         f"{beside}: missing, so the shape of {path} is unknown; name its YAML with --config",
     )
@@ -191,5 +191,5 @@ def find_checkpoint(config_path: str | None, checkpoint: str | None) -> tuple[Pa
         newest = max(runs, key=lambda path: path.stat().st_mtime)
         return Path(os.path.relpath(newest)), "the newest in outputs/; name another to use that"
     shipped = Path(os.path.relpath(ROOT / "model.pt"))
-    check(shipped.exists(), "no trained model found; train one with python train.py configs/GPT-tiny.yaml")
+    require(shipped.exists(), "no trained model found; train one with python train.py configs/GPT-tiny.yaml")
     return shipped, "it comes with the package; name another to use that"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from support.errors import UserError, check
+from support.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ def load_config(path: str, overrides: typing.Sequence[str] = (), data: str | Non
         raise UserError(f"{path}: cannot be read ({error.strerror}); see configs/ for examples") from None
     values = _parse(text, path)
     found = "empty" if values is None else f"a {type(values).__name__}"
-    check(isinstance(values, dict), f"{path}: {found}, no mapping `key: value`; see configs/GPT-tiny.yaml")
+    require(isinstance(values, dict), f"{path}: {found}, no mapping `key: value`; see configs/GPT-tiny.yaml")
     for override in overrides:
         key, equals, text = override.partition("=")
-        check(bool(equals), f"--set {override}: write it as key=value, such as --set max_lr=1e-3")
+        require(bool(equals), f"--set {override}: write it as key=value, such as --set max_lr=1e-3")
         section, dot, name = key.strip().rpartition(".")
         target = values.get(section) if dot else values
-        check(isinstance(target, dict), f"--set {override}: there is no section '{section}'; see {path}")
+        require(isinstance(target, dict), f"--set {override}: there is no section '{section}'; see {path}")
         target[name] = _parse(text, f"--set {override}")
     if data is not None:
         values["data"] = data
@@ -130,10 +130,10 @@ def _build(cls, values: dict, path: str, prefix: str = ""):
     hints = typing.get_type_hints(cls)
     for key in values:
         nearest = get_close_matches(str(key), fields, n=1, cutoff=0)[0]
-        check(key in fields, f"{path}: unknown key '{prefix}{key}'; did you mean '{nearest}'?")
+        require(key in fields, f"{path}: unknown key '{prefix}{key}'; did you mean '{nearest}'?")
     for name, field in fields.items():
         there = name in values or field.default is not MISSING
-        check(there, f"{path}: the key '{prefix}{name}' is missing; add it")
+        require(there, f"{path}: the key '{prefix}{name}' is missing; add it")
     return cls(**{name: _convert(value, hints[name], path, prefix + name) for name, value in values.items()})
 
 
@@ -144,23 +144,23 @@ def _convert(value, hint, path: str, key: str):
     if value is None and type(None) in kinds:
         return None
     if ModelConfig in kinds:
-        check(isinstance(value, dict), f"{where} must be a mapping of its own keys")
+        require(isinstance(value, dict), f"{where} must be a mapping of its own keys")
         return _build(ModelConfig, value, path, f"{key}.")
     if bool in kinds:
-        check(isinstance(value, bool), f"{where} must be true or false")
+        require(isinstance(value, bool), f"{where} must be true or false")
         return value
     if str in kinds and isinstance(value, str) and value:
         return value
-    check(kinds[0] is not str, f"{where} must be a text")
+    require(kinds[0] is not str, f"{where} must be a text")
     try:
         # Of a text too: PyYAML reads `1e-4`, without a point, as the text "1e-4".
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if int in kinds:
-        check(number.is_integer() and abs(number) < 2**63, f"{where} must be a whole number")
+        require(number.is_integer() and abs(number) < 2**63, f"{where} must be a whole number")
         return value if isinstance(value, int) else int(number)
-    check(math.isfinite(number), f"{where} must be a finite number")
+    require(math.isfinite(number), f"{where} must be a finite number")
     return number
 
 
@@ -172,7 +172,7 @@ def _check_rules(config: TrainingConfig, path: str) -> None:
     least = dict.fromkeys((*sizes, "grad_accumulation_steps"), 1) | {"seq_len": 2}  # of 1 token none is predicted
     least |= dict.fromkeys(("num_warmup_steps", "seed", "weight_decay", "min_lr", "p_dropout"), 0)
     for name, bound in least.items():
-        check(values[name] >= bound, f"{path}: {name} = {values[name]} must be at least {bound}")
+        require(values[name] >= bound, f"{path}: {name} = {values[name]} must be at least {bound}")
     every = c.checkpoint_interval
     is_interval = every is None or (
         every >= 1 if isinstance(every, int) else re.fullmatch(r"\d{1,9}(\.\d*)?s", every)
@@ -189,4 +189,4 @@ def _check_rules(config: TrainingConfig, path: str) -> None:
     }
     for rule, holds in rules.items():
         named = ", ".join(f"{name} = {value}" for name, value in values.items() if name in rule.split())
-        check(holds, f"{path}: {rule}; here {named}")
+        require(holds, f"{path}: {rule}; here {named}")

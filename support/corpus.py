@@ -20,9 +20,9 @@ import numpy as np
 from numpy.lib import format as npy
 from tqdm import tqdm
 
-from support.errors import UserError, check, first_line
+from support.errors import UserError, first_line, require
 from support.files import atomic_file, write_atomically
-from support.hub import DATA, Unavailable, describe, fetched, writable
+from support.hub import DATA, Unavailable, hub_file, verify_checksum, writable_or_cache_path
 from support.text import read_pieces, split_held_out, tokenise
 from support.tokenizer import get_tokenizer
 
@@ -49,7 +49,7 @@ class Corpus:
     def check_length(self, seq_len: int) -> None:
         """Raise UserError unless each split holds at least one row of seq_len tokens."""
         for split, tokens in (("train", self.train), ("val", self.val)):
-            check(
+            require(
                 len(tokens) >= seq_len,
                 f"{self.name}: the {split} split holds {len(tokens)} tokens, fewer than one row of "
                 f"seq_len = {seq_len}; give more data or a smaller seq_len",
@@ -66,16 +66,16 @@ def load_corpus(data: str | None, n_vocab: int) -> Corpus:
     note = None
     if data is None or data == "c4":
         try:
-            return Corpus("C4 (data/tokens.npz)", *read_tokens(fetched(*C4, "tokens.npz"), n_vocab))
+            return Corpus("C4 (data/tokens.npz)", *read_tokens(hub_file(*C4, "tokens.npz"), n_vocab))
         except Unavailable as error:
             remedy = "try again with a network, put the file there, or give data: sample"
-            check(data is None, f"data: c4: no data/tokens.npz, and it cannot be fetched ({error}); {remedy}")
+            require(data is None, f"data: c4: no data/tokens.npz, and it cannot be fetched ({error}); {remedy}")
             data, note = "sample", SAMPLE_NOTE.format(error)
     if data == "sample":
         return Corpus("bundled sample (Wikipedia 2006)", *read_tokens(DATA / "sample.npz", n_vocab), note)
     path = Path(data)
     known = "a token file or folder, a text or jsonl file, 'sample' or 'c4'"
-    check(path.exists(), f"data: {data} does not exist; give {known}")
+    require(path.exists(), f"data: {data} does not exist; give {known}")
     if not path.is_dir() and path.suffix != ".npz":
         path = _made_once(path, _tokenise_file, n_vocab)
     return Corpus(data, *read_tokens(path, n_vocab))
@@ -89,7 +89,7 @@ def read_tokens(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
     if sum(next(member) for member in members) >= LARGE:
         return _map_folder(_made_once(path, _unpack, n_vocab), n_vocab)
     train, val = (np.concatenate([*member]) for member in members)
-    describe(path)  # compares it with what was fetched
+    verify_checksum(path)  # compares it with what was fetched
     return train, val
 
 
@@ -119,7 +119,7 @@ def _map_folder(folder: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
             raise UserError(f"{path}: not a numpy array ({first_line(error)}); {remedy}") from None
         _check_array(tokens.dtype, tokens.shape, path)
         splits.append(tokens.view(MappedTokens))
-    note = writable(folder / "checked.json")
+    note = writable_or_cache_path(folder / "checked.json")
     if not _is_noted(note, folder, n_vocab):
         for path, tokens in zip(files, splits, strict=True):
             for start in tqdm(range(0, len(tokens), CHUNK), f"checking {path} once", delay=0.5, disable=None):
@@ -151,7 +151,7 @@ def _write_note(note: Path, folder: Path, n_vocab: int, **facts) -> None:
 
 def _made_once(source: Path, make: Callable[[Path, Path, int], dict], n_vocab: int) -> Path:
     """The token folder that `make(source, folder, n_vocab)` fills, again only when the source has changed."""
-    folder = writable(source.with_name(f"{source.name}.tokens"))
+    folder = writable_or_cache_path(source.with_name(f"{source.name}.tokens"))
     facts = {"format": FORMAT, "made_of": _stamps(source)}
     if not _is_noted(folder / "checked.json", folder, n_vocab, **facts):
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def _made_once(source: Path, make: Callable[[Path, Path, int], dict], n_vocab: i
 def _tokenise_file(path: Path, folder: Path, n_vocab: int) -> dict:
     with TemporaryFile(dir=folder) as spool:
         lengths = np.array([*tokenise(read_pieces(path), get_tokenizer(), spool)])
-        check(len(lengths) > 0, f"{path}: holds no text to train on; give a file with text")
+        require(len(lengths) > 0, f"{path}: holds no text to train on; give a file with text")
         for key, runs in split_held_out(lengths).items():
             with atomic_file(folder / f"{key}.npy") as file:
                 write_runs(file, spool, runs)
@@ -176,7 +176,7 @@ def _tokenise_file(path: Path, folder: Path, n_vocab: int) -> dict:
 
 def _unpack(path: Path, folder: Path, n_vocab: int) -> dict:
     print(f"{path} is large: unpacking it once into {folder}, which can be memory-mapped.", flush=True)
-    facts = {"source": json.loads(describe(path))}
+    facts = {"source": json.loads(verify_checksum(path))}
     for key in SPLITS:
         chunks = _npz_chunks(path, key, n_vocab)
         length = next(chunks)
@@ -236,7 +236,7 @@ def _npz_chunks(path: Path, key: str, n_vocab: int) -> Iterator:
 
 
 def _check_array(dtype: np.dtype, shape: tuple[int, ...], where: Path | str) -> None:
-    check(
+    require(
         dtype.kind in "iu" and len(shape) == 1 and shape[0] > 0,
         f"{where} has type {dtype} and shape {shape}, but tokens are integers in one dimension, at least one "
         "of them; build the file with data/prepare.py",
@@ -245,7 +245,7 @@ def _check_array(dtype: np.dtype, shape: tuple[int, ...], where: Path | str) -> 
 
 def _check_ids(tokens: np.ndarray, where: Path | str, n_vocab: int) -> None:
     for extreme in (int(tokens.min()), int(tokens.max())):
-        check(
+        require(
             0 <= extreme < n_vocab,
             f"{where} holds the token id {extreme}, but the tokenizer's ids are 0 to {n_vocab - 1}; "
             "tokenise the text with the tokenizer of the configuration",

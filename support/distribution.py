@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from support.errors import RunStopped, UserError, check
+from support.errors import RunStopped, UserError, require
 
 PATIENCE = timedelta(minutes=30)  # with a silent process; the longest wait is for rank 0 to tokenise a text
 _ENDED: list[dist.ProcessGroup] = []
@@ -35,11 +35,11 @@ class World:
         if self.size == 1:
             return requested
         known = requested in ("auto", "cuda", "cpu")
-        check(known, f"device = '{requested}' is but one for {self.size} processes; give auto, cuda or cpu")
+        require(known, f"device = '{requested}' is but one for {self.size} processes; give auto, cuda or cpu")
         if requested == "cpu" or not torch.cuda.is_available():
             return requested.replace("auto", "cpu")
         here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        check(here <= gpus, f"{here} processes, but {gpus} GPUs here; start torchrun --nproc_per_node={gpus}")
+        require(here <= gpus, f"{here} processes, but {gpus} GPUs here; start torchrun --nproc_per_node={gpus}")
         torch.cuda.set_device(self.local_rank)
         return f"cuda:{self.local_rank}"
 
@@ -109,14 +109,14 @@ def join_world():
         try:
             yield world
         except Exception as error:
-            told = RunStopped(f"{LOST}.") if lost_process(error) else error
-            if world.rank and isinstance(told, UserError):
+            message = RunStopped(f"{LOST}.") if lost_process(error) else error
+            if world.rank and isinstance(message, UserError):
                 # What all ranks meet (bad input, divergence, a lost process) rank 0 tells alone.
-                common = (told.status == 2 and world.local_rank) or str(told).startswith((LOST, "diverged"))
-                told = SystemExit(told.status) if common else type(told)(f"rank {world.rank}: {told}")
-            if told is error:
+                common = (message.status == 2 and world.local_rank) or str(message).startswith((LOST, "diverged"))
+                message = SystemExit(message.status) if common else type(message)(f"rank {world.rank}: {message}")
+            if message is error:
                 raise
-            raise told from error
+            raise message from error
     dist.barrier()  # the store lives in rank 0, which must not leave before the others
     # The group's destructor holds Python's lock and waits for gloo's threads, one of which may wait for that very
     # lock to drop the last tensor. So a reference stays until the process ends.

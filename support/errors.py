@@ -20,7 +20,7 @@ class RunStopped(UserError):
     status = 1
 
 
-def check(condition: bool, sentence: str) -> None:
+def require(condition: bool, sentence: str) -> None:
     """Raise UserError with this sentence unless the condition holds."""
     if not condition:
         raise UserError(sentence)
@@ -35,14 +35,14 @@ def exit_on_user_error():
         except KeyboardInterrupt:
             raise SystemExit(130) from None
         except Exception as error:
-            told = explained(error)
-            if told is None:
+            message = as_user_error(error)
+            if message is None:
                 raise
-            print(f"error: {told}", file=sys.stderr)
-            raise SystemExit(told.status) from None
+            print(f"error: {message}", file=sys.stderr)
+            raise SystemExit(message.status) from None
 
 
-def explained(error: Exception, memory_advice: str = ": take a smaller batch_size") -> UserError | None:
+def as_user_error(error: Exception, memory_advice: str = ": take a smaller batch_size") -> UserError | None:
     """The error as a sentence for the person, or None for one that only a traceback explains."""
     if isinstance(error, UserError):
         return error

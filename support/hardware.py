@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from support.errors import UserError, check, first_line
+from support.errors import UserError, first_line, require
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,20 @@ def choose_hardware(requested: str = "auto") -> Hardware:
     Raises UserError for a device that this machine or PyTorch build does not have.
     """
     known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", requested)
-    check(bool(known), f"device = '{requested}' is not known; give auto, cuda, mps or cpu")
+    require(bool(known), f"device = '{requested}' is not known; give auto, cuda, mps or cpu")
     n_gpus, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     best = "cuda" if n_gpus else "mps" if has_mps else "cpu"
     device = torch.device(best if requested == "auto" else requested)
 
     if device.type == "cuda":
         there = (device.index or 0) < n_gpus
-        check(there, f"device = '{requested}', but PyTorch finds {n_gpus} CUDA GPUs here; give auto or cpu")
+        require(there, f"device = '{requested}', but PyTorch finds {n_gpus} CUDA GPUs here; give auto or cpu")
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Hardware(device, torch.bfloat16, True, "a CUDA GPU with bfloat16 products")
         return Hardware(device, torch.float32, True, "a CUDA GPU without bfloat16 products")
     if device.type == "mps":
-        check(has_mps, f"device = '{requested}', but PyTorch finds no Apple GPU here; give auto or cpu")
+        require(has_mps, f"device = '{requested}', but PyTorch finds no Apple GPU here; give auto or cpu")
         return Hardware(device, torch.float32, False, "an Apple GPU")
     choose_float32_products()
     return Hardware(device, torch.float32, True, "asked for" if requested == "cpu" else "no GPU found")

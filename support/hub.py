@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from support.errors import check, first_line, in_background
+from support.errors import first_line, in_background, require
 from support.files import write_atomically
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -26,7 +26,7 @@ class Unavailable(Exception):
     """The hub does not give what was asked of it; the message says why in a few words."""
 
 
-def writable(path: Path) -> Path:
+def writable_or_cache_path(path: Path) -> Path:
     """The path or, where its folder cannot be written, one for it in the user's cache folder."""
     if path.exists() or os.access(path.parent, os.W_OK):
         return path
@@ -60,12 +60,12 @@ def reason(error: Exception) -> str:
     return f"the hub answers HTTP {status}" if status else f"{type(error).__name__}: {first_line(error)}"
 
 
-def fetched(repo: str, filename: str, name: str) -> Path:
+def hub_file(repo: str, filename: str, name: str) -> Path:
     """The path of a file of a dataset repository, kept under this name; it is fetched when it is not there.
 
     Raises Unavailable, and no file has changed then.
     """
-    target = writable(DATA / name)
+    target = writable_or_cache_path(DATA / name)
     if not target.exists():
         try:
             check_allowed()
@@ -96,7 +96,7 @@ def _fetch(repo: str, filename: str, target: Path) -> None:
     staging = target.with_name(f".{target.name}.download")
     options |= {"local_dir": staging, "etag_timeout": PATIENCE_SECONDS}
     path = Path(hf_hub_download(repo, filename, repo_type="dataset", **options))
-    description = describe(path)
+    description = verify_checksum(path)
     if re.fullmatch("[0-9a-f]{64}", facts.etag) and facts.etag not in description:
         path.unlink()
         raise Unavailable(f"the sha256 of what came is not {facts.etag}, which the hub had announced")
@@ -106,7 +106,7 @@ def _fetch(repo: str, filename: str, target: Path) -> None:
     print(f"It is {target} now.", flush=True)
 
 
-def describe(path: Path) -> str:
+def verify_checksum(path: Path) -> str:
     """Size and sha256 of a file as JSON. UserError when it was fetched and is no longer what came."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -114,7 +114,7 @@ def describe(path: Path) -> str:
             digest.update(block)
     description = json.dumps({"size": path.stat().st_size, "sha256": digest.hexdigest()})
     record = path.with_name(f"{path.name}.json")
-    check(
+    require(
         not record.exists() or record.read_text(errors="replace") == description,
         f"{path}: altered since it was fetched ({record.name} says another size or sha256); "
         "delete both, and it is fetched again",

@@ -13,7 +13,7 @@ from support.screen import show_note
 INK, TRAIN, RATE, BAD, GOOD = "#333333", "#1f6fb2", "#d98c2b", "#c2513c", "#2f8f6b"
 
 
-def _no_result(draw):
+def never_fails(draw):
     """Whatever keeps a picture from being drawn (no cache folder, no room, no matplotlib) is but a note."""
 
     @wraps(draw)
@@ -41,7 +41,7 @@ def _save(figure, path: Path) -> None:
         figure.savefig(file, format="png", dpi=130)
 
 
-@_no_result
+@never_fails
 def plot_curve(
     metrics_csv: Path, val_loss: float, ln_vocab: float, unigram: float, title: str, path: Path
 ) -> None:
@@ -65,7 +65,7 @@ def plot_curve(
     _save(figure, path)
 
 
-@_no_result
+@never_fails
 def plot_classification(
     p: np.ndarray, labels: np.ndarray, boundaries: dict[str, float], title: str, path: Path
 ) -> None:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from support.errors import UserError, check
+from support.errors import UserError, require
 
 BUNDLED = Path(__file__).resolve().parent.parent / "prefixs.json"
 
@@ -25,8 +25,8 @@ def read_prefixes(path: str | None) -> list[str]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a JSON list of texts") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); give a list of texts, or one text a line") from None
-    check(bool(entries), f"{path}: holds no prefix; give a JSON list of texts")
+    require(bool(entries), f"{path}: holds no prefix; give a JSON list of texts")
     prefixes = [entry.get("prefix") if isinstance(entry, dict) else entry for entry in entries.values()]
     for where, prefix in zip(entries, prefixes, strict=True):
-        check(isinstance(prefix, str), f'{where}: neither a text nor {{"prefix": text}}; mend it')
+        require(isinstance(prefix, str), f'{where}: neither a text nor {{"prefix": text}}; mend it')
     return prefixes

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from support.checkpoint import ROOT, packed
+from support.checkpoint import ROOT, to_bytes
 from support.config import dump_config, load_config
 from support.files import json_text, write_together
 from support.hardware import peak_memory_mib
@@ -40,7 +40,7 @@ def write_results(run, result: dict[str, float], n_predictions: int) -> dict[str
     weights = {key: tensor.detach().cpu() for key, tensor in run.model.state_dict().items()}
     write_together(
         {
-            run.folder / "model.pt": packed(weights),
+            run.folder / "model.pt": to_bytes(weights),
             run.folder / "config.yaml": dump_config(c).encode(),
             run.folder / "eval.json": json_text(evaluation).encode(),
             run.folder / "run.json": json_text(measured).encode(),

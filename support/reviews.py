@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from support.errors import UserError, check, first_line
-from support.hub import DATA, Unavailable, describe, fetched
+from support.errors import UserError, first_line, require
+from support.hub import DATA, Unavailable, hub_file, verify_checksum
 from support.text import read_jsonl
 
 # The dataset repository on the Hugging Face Hub, and the one file of its test split.
@@ -39,10 +39,10 @@ def load_reviews(
     name, note, reviews = data, None, None
     if data is None or data == "yelp":
         try:
-            name, reviews = "Yelp polarity, test split", _read_yelp(fetched(*YELP, "yelp_test.parquet"))
+            name, reviews = "Yelp polarity, test split", _read_yelp(hub_file(*YELP, "yelp_test.parquet"))
         except Unavailable as error:
             remedy = "try again with a network, or give --data sample"
-            check(data is None, f"--data yelp: it is not in data/ and cannot be fetched ({error}); {remedy}")
+            require(data is None, f"--data yelp: it is not in data/ and cannot be fetched ({error}); {remedy}")
             data = "sample"
             note = (
                 "NOTE: this is NOT Yelp but the bundled sample of product reviews, so its accuracies are not "
@@ -54,7 +54,7 @@ def load_reviews(
         reviews = list(_read_file(Path(data)))
     random.Random(seed).shuffle(reviews)
     chosen = list(islice((review for review in reviews if fits(review[0])), limit))
-    check(bool(chosen), f"{name}: none of the {len(reviews)} reviews fits the model; give shorter ones")
+    require(bool(chosen), f"{name}: none of the {len(reviews)} reviews fits the model; give shorter ones")
     texts, labels = zip(*chosen, strict=True)
     return Reviews(name, list(texts), list(labels), note)
 
@@ -62,7 +62,7 @@ def load_reviews(
 def _read_yelp(path: Path) -> list[tuple[str, int]]:
     from pyarrow import parquet  # comes with datasets
 
-    describe(path)  # compares it with what was fetched
+    verify_checksum(path)  # compares it with what was fetched
     try:
         columns = parquet.read_table(path, columns=["text", "label"]).to_pydict()
     except Exception as error:  # a foreign file fails in a dozen ways inside pyarrow

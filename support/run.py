@@ -19,12 +19,12 @@ from support import hardware as machine
 from support.config import TrainingConfig
 from support.corpus import Corpus, unigram_entropy
 from support.distribution import LOST, World, lost_process
-from support.errors import RunStopped, UserError, check, explained
-from support.faults import StopSignals, memory_advice
+from support.errors import RunStopped, UserError, as_user_error, require
 from support.files import remove_leftovers
 from support.metrics import MetricsLog
 from support.results import FILES, show_results, write_results
 from support.screen import bold, count, duration, heading, show_facts, show_note
+from support.signals import StopSignals, memory_advice
 from support.state import fingerprint, load_state, random_state, save_state
 from support.tracking import finish_tracking, start_tracking
 
@@ -42,7 +42,7 @@ class Run:
         self, config: TrainingConfig, hardware, corpus: Corpus, model, optimizer, flops: int, world: World
     ):
         self.config, self.hardware, self.corpus, self.world = config, hardware, corpus, world
-        self.leads = world.rank == 0  # the process that writes and shows, where there are several
+        self.is_main_process = world.rank == 0  # the process that writes and shows, where there are several
         self.model, self.optimizer, self.flops = model, optimizer, flops
         self.folder = Path(config.output_dir)
         self.state_path = self.folder / "training_state.pt"
@@ -53,7 +53,7 @@ class Run:
         self.start_step = self._next_step = 0
         self.recent_losses: deque[float] = deque(maxlen=20)  # train() keeps its running mean here
         self.seconds = self._seconds_before = 0.0  # trained in all, and before an interruption
-        self._kept = "Nothing was saved yet: the same command starts over"
+        self._resume_hint = "Nothing was saved yet: the same command starts over"
         self._result: dict | None = None
         # Until the first state was written and timed: its bytes at 200 MB/s.
         self._save_seconds = 12 * self.n_parameters / 2e8
@@ -90,7 +90,7 @@ class Run:
         ends = [time.perf_counter()]
         with self._explained():
             yield lambda result: ends.append(time.perf_counter())
-        check(len(ends) > 2, "--dry-run: train() did not call on_step, so its steps cannot be timed")
+        require(len(ends) > 2, "--dry-run: train() did not call on_step, so its steps cannot be timed")
         typical = float(np.median(np.diff(ends)[1:]))  # the first step warms up
         total = typical * self.config.num_training_steps
         print(f"  {self.speed(typical)}")
@@ -117,23 +117,23 @@ class Run:
     def open(self, fresh: bool) -> Iterator["Run"]:
         """Hold the folder, restoring an interrupted run that stands in it, and end in order whatever happens."""
         with ExitStack() as stack:
-            if self.leads:
+            if self.is_main_process:
                 self._hold_folder(stack)
             with self.world.rank_0_first():
                 self._wandb_id = self._restore(fresh)
             same = len(set(self.world.gather(self.start_step))) == 1
-            check(same, f"output_dir: {self.folder} is not the same folder for all processes; share one")
-            if self.leads:
+            require(same, f"output_dir: {self.folder} is not the same folder for all processes; share one")
+            if self.is_main_process:
                 self._wandb_id = start_tracking(self.config, self._wandb_id)
                 stack.callback(lambda: finish_tracking(self._result))
                 self._metrics = stack.enter_context(
                     closing(MetricsLog(self.folder / "metrics.csv", self.start_step))
                 )
-            total, shown = self.config.num_training_steps, self.leads and sys.stderr.isatty()
+            total, shown = self.config.num_training_steps, self.is_main_process and sys.stderr.isatty()
             self._bar = stack.enter_context(
                 tqdm(total=total, initial=self.start_step, unit="step", dynamic_ncols=True, disable=not shown)
             )
-            self._signals = stack.enter_context(StopSignals(announced=self.leads))
+            self._signals = stack.enter_context(StopSignals(announced=self.is_main_process))
             stack.enter_context(self._explained())
             self._started = self._last_save = time.perf_counter()
             self._signals.deferring = self.start_step < total
@@ -151,12 +151,12 @@ class Run:
         except OSError as error:
             raise UserError(f"{name} cannot be written ({error.strerror}); choose another") from None
         for file in FILES:
-            check(not (self.folder / file).is_dir(), f"{name}/{file} is a folder; remove it")
+            require(not (self.folder / file).is_dir(), f"{name}/{file} is a folder; remove it")
             remove_leftovers(self.folder / file)
         there = self.state_path.stat().st_size if self.state_path.exists() else 0
         # Two states, the old and the new one, of 12 bytes a parameter, and model.pt of 4.
         needed, free = 28 * self.n_parameters - there, shutil.disk_usage(self.folder).free
-        check(
+        require(
             free > needed,
             f"{name} has {free / 1e6:.1f} MB free, but the checkpoints need {needed / 1e6:.1f} MB; "
             "make room or choose another disk",
@@ -178,7 +178,7 @@ class Run:
         return progress["wandb_id"]
 
     def _saved(self, step: int) -> None:
-        self._kept = f"{self.state_path} is kept: the same command continues from step {step}"
+        self._resume_hint = f"{self.state_path} is kept: the same command continues from step {step}"
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -186,22 +186,22 @@ class Run:
         try:
             yield
         except (SystemExit, KeyboardInterrupt):
-            print(f"\nStopped. {self._kept}.", flush=True)
+            print(f"\nStopped. {self._resume_hint}.", flush=True)
             raise
         except Exception as error:
             c = self.config
-            told = explained(error, f" at step {self._next_step}: {memory_advice(c)}")
+            message = as_user_error(error, f" at step {self._next_step}: {memory_advice(c)}")
             if isinstance(error, FloatingPointError):
-                told = (
+                message = (
                     f"diverged: {error}; the weights were not changed by it. Likely remedies, with --fresh: a "
                     f"lower max_lr (now {c.max_lr:g}), more num_warmup_steps (now {c.num_warmup_steps}), or "
                     f"grad_clip (now {c.grad_clip or 'off'}; 1.0 is usual)"
                 )
             elif lost_process(error):
-                told = LOST
-            if told is None:
+                message = LOST
+            if message is None:
                 raise
-            raise RunStopped(f"{told}. {self._kept}") from error
+            raise RunStopped(f"{message}. {self._resume_hint}") from error
 
     # The training itself
 
@@ -221,7 +221,7 @@ class Run:
         self._next_step = n_steps = result.step + 1
         seconds = time.perf_counter() - self._started
         self.seconds = self._seconds_before + seconds
-        if self.leads:
+        if self.is_main_process:
             flops_per_step = self.flops // self.config.num_training_steps
             self._metrics.append(
                 result.step, n_steps * self.tokens_per_step, n_steps * flops_per_step, *result[1:]
@@ -230,7 +230,7 @@ class Run:
 
         last = n_steps == self.config.num_training_steps
         # A signal to one process stops all of them, after the same step.
-        stop, due = self.world.maximum(self._signals.number, self.leads and self._save_is_due(n_steps))
+        stop, due = self.world.maximum(self._signals.number, self.is_main_process and self._save_is_due(n_steps))
         if stop or last or due:
             self._save_state(n_steps)
         if stop:
@@ -273,7 +273,7 @@ class Run:
             "wandb_id": self._wandb_id,
         }
         try:
-            if self.leads:
+            if self.is_main_process:
                 self._metrics.sync()  # first: a state promises the rows of all steps before it
                 save_state(self, random, progress)
             self._saved(next_step)
@@ -285,7 +285,7 @@ class Run:
 
     def finish(self, result: dict[str, float], n_predictions: int, sample: tuple[str, str]) -> None:
         """Write the results, drop the state that is then no longer needed, and print what came of it."""
-        if not self.leads:
+        if not self.is_main_process:
             return
         if self._next_step == self.start_step < self.config.num_training_steps:  # train() told of no step
             self.seconds = time.perf_counter() - self._started
@@ -293,6 +293,6 @@ class Run:
         self._metrics.sync()
         facts = write_results(self, result, n_predictions)
         self.state_path.unlink(missing_ok=True)
-        self._kept = "The run is finished and its results are written"
+        self._resume_hint = "The run is finished and its results are written"
         self._result = result
         show_results(self, result, facts, sample)

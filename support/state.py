@@ -6,9 +6,9 @@ import reprlib
 import numpy as np
 import torch
 
-from support.checkpoint import load_archive, packed
+from support.checkpoint import load_archive, to_bytes
 from support.corpus import Corpus, evenly_spaced
-from support.errors import UserError, check, first_line
+from support.errors import UserError, first_line, require
 from support.files import write_together
 
 FRESH = "start over with --fresh or choose another output_dir"
@@ -38,7 +38,7 @@ def save_state(run, random: list[dict], progress: dict) -> None:
         "random": random,
         "progress": progress,
     }
-    write_together({run.state_path: packed(values)})
+    write_together({run.state_path: to_bytes(values)})
 
 
 def load_state(run) -> dict:
@@ -63,7 +63,7 @@ def load_state(run) -> dict:
             moments = list(run.optimizer.state[parameter].values())
             good = good and moments and all(moment.shape in (parameter.shape, ()) for moment in moments)
             good = good and all(tensor.isfinite().all() for tensor in (parameter, *moments))
-        check(bool(good), f"{path}: its values make no sense; {FRESH}")
+        require(bool(good), f"{path}: its values make no sense; {FRESH}")
         _restore_random_state(values["random"][run.world.rank], run.hardware.device)
     except UserError:
         raise
@@ -78,15 +78,15 @@ def _check_same_run(run, values: dict, there: str) -> None:
         f"{key} ({reprlib.repr(theirs.get(key))} there, {ours.get(key)!r} here)"
         for key in run.config.differing(theirs)
     ]
-    check(not differing, f"{there} another configuration: {', '.join(differing)}; {FRESH}")
+    require(not differing, f"{there} another configuration: {', '.join(differing)}; {FRESH}")
     names = [reprlib.repr(keys["data"] or "the default") for keys in (theirs, ours)]
-    check(
+    require(
         values["data"] == run.data,
         f"{there} other data: data ({names[0]} there, {names[1]} here) does not hold the same tokens; {FRESH}",
     )
     n, here = len(values["random"]), run.world.size
     launcher = "python" if n == 1 else f"torchrun --nproc_per_node={n}"
-    check(
+    require(
         n == here,
         f"{there} {n} process{'es' * (n > 1)}, this one {here}; continue it with {launcher} train.py, or {FRESH}",
     )

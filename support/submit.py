@@ -19,7 +19,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from support.errors import UserError, check, exit_on_user_error
+from support.errors import UserError, exit_on_user_error, require
 from support.files import atomic_file
 from support.screen import bold, heading
 
@@ -39,7 +39,7 @@ def check_code(files: dict[str, Path]) -> str:
     """The four files are there, hold Python, and import and use only what the assignment allows."""
     files |= {name: ROOT / name for name in CODE}  # all of them, for --force
     for name in CODE:
-        check(files[name].is_file(), f"{name} is missing; put it into {ROOT}")
+        require(files[name].is_file(), f"{name} is missing; put it into {ROOT}")
         try:
             tree = ast.parse(files[name].read_text(encoding="utf-8"))
         except (SyntaxError, ValueError) as error:
@@ -53,7 +53,7 @@ def check_code(files: dict[str, Path]) -> str:
             for package in (path.partition(".")[0] or path for path in imported):
                 # Support code may be used by main(), which the course's tests do not call.
                 good = package in ALLOWED or (package == "support" and node in in_functions)
-                check(good, f"{where}, imports '{package}', which the assignment does not allow; do without")
+                require(good, f"{where}, imports '{package}', which the assignment does not allow; do without")
             for word in READY_MADE.intersection([*names, getattr(node, "attr", ""), getattr(node, "id", "")]):
                 raise UserError(f"{where}, uses {word}; write it out of tensor operations")
     return f"{', '.join(CODE)}: allowed imports only, no ready-made layers"
@@ -71,10 +71,10 @@ def check_alone(files: dict[str, Path]) -> str:
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         points = Path(folder, "points")
-        check(points.exists(), f"the tests did not run ({run.stdout.strip()[-200:]}); try pytest tests/")
+        require(points.exists(), f"the tests did not run ({run.stdout.strip()[-200:]}); try pytest tests/")
         parts = json.loads(points.read_text(encoding="utf-8"))["tests"]
     for part in parts:
-        check("could not be loaded" not in part["output"], f"{part['output']}; each file must work alone")
+        require("could not be loaded" not in part["output"], f"{part['output']}; each file must work alone")
     got, full = (sum(part[key] for part in parts) for key in ("score", "max_score"))
     lost = [part["name"] for part in parts if part["score"] < part["max_score"]]
     return f"the files run alone: {got} of {full} points" + (f", lost: {', '.join(lost)}" if lost else "")
@@ -94,19 +94,21 @@ def check_checkpoint(files: dict[str, Path], named: str | None) -> str:
 
     path = find_checkpoint(None, named)[0]
     files |= {"model.pt": path, "config.yaml": path.parent / "config.yaml"}
-    check(path.name == "model.pt", f"{path}: the course asks for the exact name model.pt; rename it")
+    require(path.name == "model.pt", f"{path}: the course asks for the exact name model.pt; rename it")
     config = files["config.yaml"]
-    check(config.is_file() or not path.is_file(), f"{config} is missing; copy it from the run that made {path}")
+    require(config.is_file() or not path.is_file(), f"{config} is missing; copy it from the run that made {path}")
     trained = load_trained_model(None, str(path))
     shipped = weights_sha256(trained.model) in SHIPPED_SHA256
-    check(not shipped, f"{path} came with the package; hand in one of your own")
+    require(not shipped, f"{path} came with the package; hand in one of your own")
     megabytes = path.stat().st_size / 1e6
     small = megabytes < MOST_MEGABYTES
-    check(small, f"{path} has {megabytes:.1f} MB, the course takes under {MOST_MEGABYTES}; train a smaller model")
+    require(
+        small, f"{path} has {megabytes:.1f} MB, the course takes under {MOST_MEGABYTES}; train a smaller model"
+    )
     c = trained.config
     steps = c.num_training_steps * c.grad_accumulation_steps
     flops = trained.model.flops_per_token * steps * c.batch_size * c.seq_len
-    check(flops <= MOST_FLOPS, f"{path} took {flops:.3g} FLOPs, more than the 1e17 allowed; train fewer steps")
+    require(flops <= MOST_FLOPS, f"{path} took {flops:.3g} FLOPs, more than the 1e17 allowed; train fewer steps")
     return f"{path}: {megabytes:.1f} MB, fits the config.yaml beside it, {flops:.3g} of 1e17 FLOPs"
 
 
@@ -114,9 +116,9 @@ def check_report(files: dict[str, Path], name: str, path: str | None) -> str:
     """There is a PDF of the written answers: the one named, or the only one in the root and in report/."""
     found = [Path(path)] if path else sorted([*ROOT.glob("*.pdf"), *ROOT.glob("report/*.pdf")])
     remedy = "make it from report/template.tex, or name it with --report"
-    check(len(found) <= 1, f"several PDFs ({', '.join(pdf.name for pdf in found)}); name one with --report")
-    check(bool(found) and found[0].is_file(), f"{path or 'the PDF of your answers'} is missing; {remedy}")
-    check(found[0].read_bytes()[:5] == b"%PDF-", f"{found[0]} is no PDF; {remedy}")
+    require(len(found) <= 1, f"several PDFs ({', '.join(pdf.name for pdf in found)}); name one with --report")
+    require(bool(found) and found[0].is_file(), f"{path or 'the PDF of your answers'} is missing; {remedy}")
+    require(found[0].read_bytes()[:5] == b"%PDF-", f"{found[0]} is no PDF; {remedy}")
     files[name] = found[0]
     return f"{found[0]}: the written answers, packed as {name}"
 
@@ -142,13 +144,13 @@ def main(argv: list[str] | None = None) -> None:
             return False
 
     with exit_on_user_error():
-        check(bool(re.fullmatch("[a-z][a-z0-9]*", args.andrew_id)), f"'{args.andrew_id}' is no Andrew ID")
+        require(bool(re.fullmatch("[a-z][a-z0-9]*", args.andrew_id)), f"'{args.andrew_id}' is no Andrew ID")
         heading(f"submit {args.andrew_id}")
         if holds(check_code):
             holds(check_alone)
         holds(check_checkpoint, args.checkpoint)
         holds(check_report, f"{args.andrew_id}.pdf", args.report)
-        check(not n_failed or args.force, f"{n_failed} checks failed; mend them, or pack with --force")
+        require(not n_failed or args.force, f"{n_failed} checks failed; mend them, or pack with --force")
         target = Path(f"{args.andrew_id}.zip")
         with atomic_file(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
             for name in filter(lambda name: files[name].is_file(), files):

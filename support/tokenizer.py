@@ -15,7 +15,7 @@ from pathlib import Path
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from support.errors import UserError, check
+from support.errors import UserError, require
 
 VOCABULARY = Path(__file__).resolve().parent.parent / "data" / "gpt2.tiktoken"
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
@@ -27,7 +27,7 @@ def get_tokenizer(name: str = "gpt2") -> tiktoken.Encoding:
 
     Raises UserError for another name, and for a vocabulary file that is missing or altered.
     """
-    check(name == "gpt2", f"tokenizer_encoding '{name}' is not bundled with this package; give 'gpt2'")
+    require(name == "gpt2", f"tokenizer_encoding '{name}' is not bundled with this package; give 'gpt2'")
     remedy = "restore it with `git checkout -- data/gpt2.tiktoken`"
     try:
         vocabulary = VOCABULARY.read_bytes()
@@ -35,7 +35,7 @@ def get_tokenizer(name: str = "gpt2") -> tiktoken.Encoding:
         raise UserError(f"{VOCABULARY}: cannot be read ({error.strerror}); {remedy}") from None
     # One altered line would shift token ids without any error, so the file is compared as a whole.
     intact = hashlib.sha256(vocabulary).hexdigest() == VOCABULARY_SHA256
-    check(intact, f"{VOCABULARY}: not the published vocabulary (its sha256 differs); {remedy}")
+    require(intact, f"{VOCABULARY}: not the published vocabulary (its sha256 differs); {remedy}")
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, vocabulary.splitlines())}
     return tiktoken.Encoding(
         name="gpt2",

@@ -12,7 +12,7 @@ os.environ["WANDB_SILENT"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 TESTS = Path(__file__).resolve().parent
-# The root comes first, so that `support` is the package of the root and never the folder tests/support.
+# The root comes first, so that `support` is the package of the root and never the folder tests/package.
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import numpy as np  # noqa: E402

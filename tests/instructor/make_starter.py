@@ -1,6 +1,6 @@
 """Write the student's edition of this package: the same files, with the graded bodies left to write.
 
-    python tests/make_starter.py OUT_DIR
+    python tests/instructor/make_starter.py OUT_DIR
 
 Both editions come from one source. A graded function keeps its signature and docstring; its body becomes
 `raise NotImplementedError("question 1.3: …")`. Helpers that only the solution needs are left out, and the few
@@ -16,14 +16,14 @@ import sys
 import textwrap
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # What the student's edition has; a pattern may match nothing only where it names no single file.
 COPIED = (
     *("README.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", "prefixs.json"),
     # Of the configurations only those that answer no question: tuning (2.5) and the final model (2.6) do.
     *("configs/GPT-tiny.yaml", "configs/smoke.yaml", "data/*", "support/*.py", "report/template.tex"),
-    *("tests/conftest.py", "tests/points.py", "tests/test_*.py", "tests/support/test_parity.py"),
+    *("tests/conftest.py", "tests/points.py", "tests/test_*.py", "tests/package/test_parity.py"),
 )
 # What was fetched, whole or in part.
 NOT_COPIED = {f"data/{name}{suffix}" for name in ("tokens.npz", "yelp_test.parquet") for suffix in ("", ".json")}
@@ -104,7 +104,7 @@ take seconds: sample from it, classify with it, and a training run of half a min
         "In a hurry? `python train.py configs/smoke.yaml` is a training run of half a minute.\n",
     ),
     ("README.md", "Run all tests (about 2 minutes), which end", "Run all tests (half a minute), which end"),
-    ("README.md", "for the questions; tests/support/ for the rest", "for the questions, with points"),
+    ("README.md", "for the questions; tests/package/ for the rest", "for the questions, with points"),
     (
         "README.md",
         "answers to the written questions; reproduce.py repeats their experiments",
@@ -237,8 +237,8 @@ The commands below work once the functions are written.""",
     ),
     (
         "generate.py",
-        """        check(args.top_k is None or args.top_k >= 1, f"--top_k {args.top_k}: give 1 or more")
-        check(args.top_p is None or 0 < args.top_p <= 1, f"--top_p {args.top_p}: give more than 0, at most 1")
+        """        require(args.top_k is None or args.top_k >= 1, f"--top_k {args.top_k}: give 1 or more")
+        require(args.top_p is None or 0 < args.top_p <= 1, f"--top_p {args.top_p}: give more than 0, at most 1")
 """,
         "",
     ),

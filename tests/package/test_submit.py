@@ -1,4 +1,4 @@
-"""The hand-in, walked through with a tiny solution: what is right is packed, and each fault is named."""
+"""The hand-in, walked through with a tiny solution: what is right is to_bytes, and each fault is named."""
 
 import shutil
 import zipfile

@@ -13,7 +13,7 @@ import make_starter
 import points
 import pytest
 
-ROOT = Path(make_starter.__file__).resolve().parent.parent
+ROOT = Path(make_starter.__file__).resolve().parents[2]
 PLAIN = ROOT / "tests" / "plain"
 FULL_POINTS = sum(points for points, _ in points.GROUPS.values())
 

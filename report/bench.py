@@ -1,8 +1,8 @@
 """Speed and memory of training, generation and scoring, against alternatives and the machine's limit.
 
-    python tests/bench.py                           # everything: under 9 minutes on 2 CPU cores
-    python tests/bench.py --only train --quick      # one part, one repetition
-    LD_PRELOAD=libtcmalloc.so.4 python tests/bench.py --json bench.json    # with another allocator
+    python report/bench.py                           # everything: under 9 minutes on 2 CPU cores
+    python report/bench.py --only train --quick      # one part, one repetition
+    LD_PRELOAD=libtcmalloc.so.4 python report/bench.py --json bench.json    # with another allocator
 
 Three contenders do the same work in float32 on the CPU, each as it comes:
 
@@ -41,7 +41,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # ahead of tests/, which has a `support` too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 N_VOCAB, EOT, CPU = 50257, 50256, torch.device("cpu")
 PROMPT_TOKENS, NEW_TOKENS = 64, 128

@@ -17,11 +17,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from support import checkpoint, hardware, results, state
 from support.config import ModelConfig, load_config
 from support.errors import UserError, exit_on_user_error
-from support.faults import check_memory, memory_advice
 from support.hardware import choose_hardware
 from support.metrics import area_under_roc
 from support.prefixes import read_prefixes
 from support.screen import bold, count, duration
+from support.signals import check_memory, memory_advice
 
 CONFIGS = Path(checkpoint.ROOT) / "configs"
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 import torch
 
 from support.config import ModelConfig, TrainingConfig
-from support.errors import check
+from support.errors import require
 
 BYTES_PER_PARAMETER = 16  # float32 weight, gradient and AdamW's two moments
 
@@ -54,7 +54,7 @@ def check_memory(config: ModelConfig, n_vocab: int, device: torch.device) -> Non
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
-    check(
+    require(
         needed < there,
         f"model_config = {vars(config)} makes {n_parameters:.3g} parameters; training takes {needed / 1e9:.3g} GB "
         f"for them, but {device} has {there / 1e9:.3g} GB; make the model smaller",

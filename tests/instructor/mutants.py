@@ -1,8 +1,8 @@
 """Do the tests tell wrong solutions from right ones?
 
-    python tests/mutants.py            every wrong solution must fail a test of its own part
-    python tests/mutants.py --quick    one wrong solution of each family
-    python tests/mutants.py --right    every right solution, however plain, must get all points
+    python tests/instructor/mutants.py            every wrong solution must fail a test of its own part
+    python tests/instructor/mutants.py --quick    one wrong solution of each family
+    python tests/instructor/mutants.py --right    every right solution, however plain, must get all points
 
 A mutant is one plain solution (tests/plain/) with one mistake written into it. It runs in a process of its
 own, against the tests of the part that the mistake is in and no others; the first failure is printed, as the
@@ -19,13 +19,15 @@ from typing import NamedTuple
 
 os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # only the tests' own plugins, for speed
 
-import points
-import pytest
-import tiktoken  # noqa: F401  (imported before the fork, as wandb and torch are: seconds for each mutant)
-import torch
-import wandb  # noqa: F401
+TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TESTS))
 
-TESTS = Path(__file__).resolve().parent
+import points  # noqa: E402
+import pytest  # noqa: E402
+import tiktoken  # noqa: E402, F401  (imported before the fork, as wandb and torch are: seconds for each mutant)
+import torch  # noqa: E402
+import wandb  # noqa: E402, F401
+
 MODULES = ("model", "train", "generate", "classify")
 PATIENCE_SECONDS = 600  # for one mutant, which takes about one: a test that hangs must not hang this
 

@@ -20,7 +20,7 @@ from tiny_run import KEYS, TinyRun, at_batches
 import generate
 from model import DecoderLM
 from support import hardware, results
-from support.checkpoint import load_weights, packed
+from support.checkpoint import load_weights, to_bytes
 from support.config import ModelConfig, load_config
 from support.errors import UserError
 
@@ -44,7 +44,7 @@ def original():
 @pytest.fixture(scope="module")
 def whole(original):
     """The bytes of a good model.pt."""
-    return bytes(packed(original.state_dict()))
+    return bytes(to_bytes(original.state_dict()))
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def with_changes(original, **changes) -> bytes:
     for key, change in changes.items():
         key = key.replace("__", ".")
         state[key] = change(state[key]) if callable(change) else change
-    return packed(state)
+    return to_bytes(state)
 
 
 def as_legacy(values) -> bytes:
@@ -170,18 +170,18 @@ def test_checkpoints(folder, capsys, original, whole, kind, words):
             [(n, pickle.dumps(Bomb(marker)) if n.endswith("data.pkl") else c) for n, c in entries_of(whole)]
         ),
         "bomb beside the weights": lambda: with_changes(original, bomb=Bomb(marker)),
-        "whole model": lambda: packed({"model": original}),
+        "whole model": lambda: to_bytes({"model": original}),
         "zip bomb": lambda: zipped(
             [*entries_of(whole), ("archive/data/99", bytes(1 << 28))], zipfile.ZIP_DEFLATED
         ),
-        "declared too small": lambda: packed({"ln.weight": small}),
+        "declared too small": lambda: to_bytes({"ln.weight": small}),
         "another zip": lambda: zipped([("word/document.xml", os.urandom(len(whole)))]),
         "an entry twice": lambda: zipped([*entries_of(whole), entries_of(whole)[1]]),
-        "list": lambda: packed([t for t in original.state_dict().values()]),
-        "tensor": lambda: packed(original.token_embeddings.weight.detach()),
+        "list": lambda: to_bytes([t for t in original.state_dict().values()]),
+        "tensor": lambda: to_bytes(original.token_embeddings.weight.detach()),
         "wrong shape": lambda: with_changes(original, ln__weight=torch.ones(9)),
-        "another model": lambda: packed(DecoderLM(V, 8, 2, 32, 1).state_dict()),
-        "missing": lambda: packed({k: t for k, t in original.state_dict().items() if k != "ln.weight"}),
+        "another model": lambda: to_bytes(DecoderLM(V, 8, 2, 32, 1).state_dict()),
+        "missing": lambda: to_bytes({k: t for k, t in original.state_dict().items() if k != "ln.weight"}),
         "unknown": lambda: with_changes(original, extra=small),
         "NaN": lambda: with_changes(original, ln__weight=lambda t: t * math.nan),
         "infinite": lambda: with_changes(original, ln__bias=lambda t: t - math.inf),
@@ -228,14 +228,14 @@ def test_configuration_far_larger_than_its_checkpoint(folder, capsys, whole):
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
 def test_prefixes_of_wrappers_are_stripped(tmp_path, original, prefix):
     path = tmp_path / "model.pt"
-    path.write_bytes(packed({prefix + key: tensor for key, tensor in original.state_dict().items()}))
+    path.write_bytes(to_bytes({prefix + key: tensor for key, tensor in original.state_dict().items()}))
     assert loads_as_the_original(path, original)
 
 
 def test_missing_scale_factor_is_rebuilt(tmp_path, original):
     path = tmp_path / "model.pt"
     state = {key: tensor for key, tensor in original.state_dict().items() if "scale_factor" not in key}
-    path.write_bytes(packed(state))
+    path.write_bytes(to_bytes(state))
     assert loads_as_the_original(path, original)
 
 
@@ -243,7 +243,7 @@ def test_missing_scale_factor_is_rebuilt(tmp_path, original):
 def test_other_precisions_load(tmp_path, original, dtype):
     path = tmp_path / "model.pt"
     other = copy.deepcopy(original).to(dtype)
-    path.write_bytes(packed(other.state_dict()))
+    path.write_bytes(to_bytes(other.state_dict()))
     model = DecoderLM(V, **vars(SHAPE))
     load_weights(model, path, SHAPE)
     for key, tensor in model.state_dict().items():
@@ -254,7 +254,7 @@ def test_scale_factor_is_never_that_of_half_precision(tmp_path):
     """1 / sqrt(7) has no exact bfloat16, and every attention score is multiplied by it."""
     shape = ModelConfig(n_embd=14, n_head=2, n_positions=5, n_layer=1)
     model = DecoderLM(V, **vars(shape))
-    (tmp_path / "model.pt").write_bytes(packed(copy.deepcopy(model).bfloat16().state_dict()))
+    (tmp_path / "model.pt").write_bytes(to_bytes(copy.deepcopy(model).bfloat16().state_dict()))
     load_weights(model, tmp_path / "model.pt", shape)
     assert model.blocks[0].mha.scale_factor.item() == pytest.approx(7**-0.5, rel=1e-7)
 
@@ -287,13 +287,13 @@ def test_hostile_training_states(interrupted, capsys):
         for key in keys[:-1]:
             inner = inner[key]
         inner[keys[-1]] = to
-        return packed(copied)
+        return to_bytes(copied)
 
     moments = {"step": torch.tensor(2.0), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
     contents = {
         "truncated": good[:-1000],
         "empty": b"",
-        "a model.pt": packed(values["model"]),
+        "a model.pt": to_bytes(values["model"]),
         "bomb": changed("bomb", to=Bomb(marker)),
         "bare bomb": pickle.dumps(Bomb(marker)),
         "no config": changed("config", to=None),

@@ -14,7 +14,7 @@ from tiny_run import TinyRun, at_batches, leave_out_what_is_slow, processes, wai
 
 import train
 from support import run
-from support.checkpoint import packed
+from support.checkpoint import to_bytes
 from support.files import write_together
 
 
@@ -121,13 +121,13 @@ def test_killed_runs_fall_back_to_the_last_state(tmp_path, uninterrupted):
 
 def write_states(path, start: int) -> None:
     for count in range(start, 10**9):
-        write_together({path: packed({"count": count, "tensor": torch.full((50_000,), float(count))})})
+        write_together({path: to_bytes({"count": count, "tensor": torch.full((50_000,), float(count))})})
 
 
 def kill_writers(path, times: int, draw: random.Random) -> int:
     """Kill a writer of checkpoints at random moments; after each, the file is whole. Returns its count."""
     count = 0
-    write_together({path: packed({"count": 0, "tensor": torch.zeros(50_000)})})
+    write_together({path: to_bytes({"count": 0, "tensor": torch.zeros(50_000)})})
     for _ in range(times):
         process = processes().Process(target=write_states, args=(path, count + 1))
         process.start()

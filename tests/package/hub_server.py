@@ -7,7 +7,7 @@
 Files are served as the real hub serves large ones: `resolve` redirects to another host, with the size and the
 sha256 in headers of its own, and that host answers ranges. Started alone, it serves the files that it is given:
 
-    python tests/support/hub_server.py some/repository/a/file.txt=LOCAL_FILE …
+    python tests/package/hub_server.py some/repository/a/file.txt=LOCAL_FILE …
 """
 
 import hashlib

@@ -22,7 +22,7 @@ from tiny_run import ROOT, TinyRun, wait_until
 from support import hub as hub_module
 from support.corpus import C4, load_corpus
 from support.errors import UserError
-from support.hub import Unavailable, ask, fetched
+from support.hub import Unavailable, ask, hub_file
 from support.reviews import YELP, load_reviews
 from support.tokenizer import get_tokenizer
 
@@ -103,7 +103,7 @@ def test_sample_never_asks_the_hub(hub):
 
 def test_broken_connection_is_taken_up_where_it_broke(hub, data):
     hub.break_after = [5500, 3300]
-    assert fetched(*C4, "tokens.npz").read_bytes() == token_bytes()
+    assert hub_file(*C4, "tokens.npz").read_bytes() == token_bytes()
     assert hub.downloads() == [None, "bytes=5000-", "bytes=8000-"]
     assert names(data) == ["tokens.npz", "tokens.npz.json"]
 
@@ -153,7 +153,7 @@ def test_full_disk_while_fetching_is_a_reason_and_no_crash(hub, data, monkeypatc
 
     monkeypatch.setattr(hub_module, "write_atomically", full)
     with pytest.raises(Unavailable, match="No space left"):
-        fetched(*C4, "tokens.npz")
+        hub_file(*C4, "tokens.npz")
     assert names(data) == []
 
 
@@ -172,7 +172,7 @@ def test_altered_file_is_noticed(hub, data):
 def test_tokens_go_to_the_cache_folder_where_data_is_read_only(hub, data, tmp_path, monkeypatch):
     monkeypatch.setattr(hub_module.os, "access", lambda path, mode: path != data)
     for _ in range(2):
-        path = fetched(*C4, "tokens.npz")
+        path = hub_file(*C4, "tokens.npz")
         assert path.read_bytes() == token_bytes() and tmp_path / "cache" in path.parents
     assert list(data.iterdir()) == [] and len(hub.downloads()) == 1
 
