@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.lib import format as npy
 
-from support.errors import UserError, first_line, is_out_of_memory, require
+from support.errors import UserError, first_line, require
 from support.files import atomic_file, write_atomically, zip_problem
 from support.hub import writable_or_cache_path
 from support.text import read_pieces, split_held_out, tokenise
@@ -84,10 +84,8 @@ def _read_npz(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
                 _check_tokens(splits[-1], f"{path}: '{key}'", n_vocab)
     except UserError:
         raise
-    except Exception as error:  # zipfile, zlib and numpy raise many types for a damaged file
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{path}: damaged .npz file ({first_line(error)}); {REMEDY}") from None
+    except Exception as error:  # zipfile, zlib and numpy raise many types; a damaged size is a MemoryError
+        raise UserError(f"{path}: damaged .npz file, or too large ({first_line(error)}); {REMEDY}") from None
     return splits[0], splits[1]
 
 
@@ -97,7 +95,8 @@ def _check_tokens(tokens: np.ndarray, where: str, n_vocab: int) -> None:
         f"{where} has type {tokens.dtype} and shape {tokens.shape}, but tokens are a non-empty 1-D array of "
         "integers; build the file with data/prepare.py",
     )
-    for part in evenly_spaced(tokens):  # of a large file a sample is enough to recognise another tokenizer
+    # Of a file that stays on the disk, evenly spaced parts are enough to notice another tokenizer.
+    for part in evenly_spaced(tokens) if isinstance(tokens, np.memmap) else [tokens]:
         for extreme in (int(part.min()), int(part.max())):
             require(
                 0 <= extreme < n_vocab,

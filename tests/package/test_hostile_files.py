@@ -225,7 +225,7 @@ def interrupted(tmp_path, monkeypatch, capsys):
     return tiny, torch.load(tiny.state, weights_only=True)
 
 
-def test_hostile_training_states(interrupted, capsys):
+def test_damaged_and_foreign_training_states(interrupted, capsys):
     tiny, values = interrupted
     marker = tiny.out / "code ran"
     good = tiny.state.read_bytes()
