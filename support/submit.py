@@ -62,11 +62,10 @@ def check_code(files: dict[str, Path]) -> str:
 def check_alone(files: dict[str, Path]) -> str:
     """The four files load and run in a folder that has nothing else but the tests."""
     with tempfile.TemporaryDirectory() as folder:
-        os.mkdir(f"{folder}/tests")
         for name in CODE:
             shutil.copy(files[name], folder)
-        for name in ("conftest.py", "points.py", *(f"test_{name}" for name in CODE)):
-            shutil.copy(ROOT / "tests" / name, f"{folder}/tests")
+        others = shutil.ignore_patterns("package", "instructor", "__pycache__")
+        shutil.copytree(ROOT / "tests", f"{folder}/tests", ignore=others)
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         options = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
         modules = ", ".join(name.removesuffix(".py") for name in CODE)
@@ -136,10 +135,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     files, n_failed = {}, 0  # name in the zip file -> where it is
 
-    def holds(function, *arguments) -> bool:
+    def passes(check, *arguments) -> bool:
         nonlocal n_failed
         try:
-            print(f"[OK] {function(files, *arguments)}", flush=True)
+            print(f"[OK] {check(files, *arguments)}", flush=True)
             return True
         except Exception as error:  # the student's code may raise anything
             print(f"[FAIL] {error if isinstance(error, UserError) else f'your code raised {error!r}; fix it'}")
@@ -149,10 +148,10 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_user_error():
         require(bool(re.fullmatch("[a-z][a-z0-9]*", args.andrew_id)), f"'{args.andrew_id}' is not an Andrew ID")
         heading(f"submit {args.andrew_id}")
-        if holds(check_code):
-            holds(check_alone)
-        holds(check_checkpoint, args.checkpoint)
-        holds(check_report, f"{args.andrew_id}.pdf", args.report)
+        if passes(check_code):
+            passes(check_alone)
+        passes(check_checkpoint, args.checkpoint)
+        passes(check_report, f"{args.andrew_id}.pdf", args.report)
         require(not n_failed or args.force, f"{n_failed} checks failed; fix them, or pack with --force")
         target = Path(f"{args.andrew_id}.zip")
         with atomic_file(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:

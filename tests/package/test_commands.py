@@ -1,4 +1,4 @@
-"""The three commands end to end on a tiny model, the shipped files, and every mistake a person can make."""
+"""The three commands end to end on a tiny model, the shipped files, and every mistake in their input."""
 
 import json
 import shutil

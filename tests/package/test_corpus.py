@@ -238,7 +238,7 @@ def test_long_text_read_in_blocks_gives_the_tokens_of_the_whole(tmp_path, monkey
 def test_text_file_splits_at_literal_end_of_text_and_holds_out_whole_documents(tmp_path):
     path = tmp_path / "tales.txt"
     texts = [f"Tale {i}: once upon a time there were {i} mice." for i in range(40)]
-    path.write_text("<|endoftext|>".join([*texts, "\n"]))  # the blank rest is no document
+    path.write_text("<|endoftext|>".join([*texts, "\n"]))  # the blank rest is not a document
     corpus = load_corpus(str(path), N_VOCAB)
     train, val = documents_in(corpus.train), documents_in(corpus.val)
     assert sorted(train + val) == sorted(texts)

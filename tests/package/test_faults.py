@@ -58,7 +58,7 @@ def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     if not succeeds(["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", str(folder)]):
-        pytest.skip("mounting a small disk is not allowed here; the tests with RLIMIT_FSIZE stand in")
+        pytest.skip("mounting a small disk is not allowed here; the tests with RLIMIT_FSIZE replace this one")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
@@ -113,7 +113,7 @@ def test_json_is_valid_whatever_the_numbers():
     text = json_text({"val-perplexity": float("inf"), "deep": {"list": [float("nan"), 1.5]}})
 
     def refuse(word):
-        raise AssertionError(f"{word} is no JSON")
+        raise AssertionError(f"{word} is not JSON")
 
     assert json.loads(text, parse_constant=refuse) == {
         "val-perplexity": None,
@@ -176,7 +176,7 @@ def test_disk_full_while_saving(tmp_path, monkeypatch, capsys, small_disk):
         fill(small_disk)
 
     def look():
-        assert tiny.state.read_bytes() == kept["state"], "the former state is no longer what it was"
+        assert tiny.state.read_bytes() == kept["state"], "the former state was changed"
         assert tiny.leftovers() == []
         (small_disk / "filler").unlink()
 
@@ -200,7 +200,7 @@ def test_disk_full_at_the_end(tmp_path, monkeypatch, capsys, small_disk):
     assert "No space left on device" in captured.err and "continues from step 6" in captured.err, captured.err
     assert captured.err.count("\n") == 1 and tiny.leftovers() == []
     for name in ("model.pt", "eval.json"):
-        assert (tiny.out / name).read_bytes() == former[name], f"the former {name} is no longer what it was"
+        assert (tiny.out / name).read_bytes() == former[name], f"the former {name} was changed"
     (small_disk / "filler").unlink()
     assert tiny.main() == 0
     assert tiny.results() == whole.results()
@@ -551,7 +551,7 @@ def test_wandb_whose_server(tmp_path, server):
 
 
 class Nonsense(http.server.BaseHTTPRequestHandler):
-    """Answers everything with a page that is no JSON."""
+    """Answers everything with a page that is not JSON."""
 
     def do_POST(self):
         self.send_response(200)

@@ -1,4 +1,4 @@
-"""Files from elsewhere: whatever is in them, a command ends in success or in one sentence with exit status 2."""
+"""Damaged and foreign files: a command either succeeds or ends with one sentence and exit status 2."""
 
 import copy
 import io
@@ -48,7 +48,7 @@ def whole(original):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Where a checkpoint stands: its config.yaml, and a file of prefixes."""
+    """A folder for a checkpoint, with its config.yaml and a file of prefixes."""
     values = {**KEYS, "output_dir": str(tmp_path), "model_config": vars(SHAPE)}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "prefixes.json").write_text('["It is"]')
@@ -344,7 +344,7 @@ def try_mutated_yaml(tmp_path, capsys, times: int, draw: random.Random) -> int:
         except UserError as error:
             assert "\n" not in str(error)
         else:
-            # A larger run is no mistake, only long: a test has no time for it.
+            # A larger run is valid, but takes too long for a test.
             sizes = [
                 (c.batch_size * c.seq_len * c.grad_accumulation_steps, *vars(c.model_config).values())
                 for c in (config, usual)

@@ -1,4 +1,4 @@
-"""What is chosen and said: device, meaning of a loss, numbers for people, the bar, errors, results of a run."""
+"""The choice of the device, and what the commands print: numbers, the bar, errors, the results of a run."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from support.screen import bold, count, duration
 CONFIGS = Path(checkpoint.ROOT) / "configs"
 
 
-# --- the device: CUDA and MPS are asked for their answers, which are put in their mouths here ------------
+# --- the device: the answers of CUDA and MPS are substituted here ----------------------------------------
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_device(machine, there, asked, device, dtype, fused, reason):
     assert (chosen.device, chosen.dtype, chosen.fused) == (torch.device(device), dtype, fused)
     assert reason in str(chosen) and str(chosen).startswith(device)
     if "cuda" in device:
-        assert torch.get_float32_matmul_precision() == "high", "products that stay in float32 shall use TF32"
+        assert torch.get_float32_matmul_precision() == "high", "products that stay in float32 should use TF32"
     if dtype == torch.bfloat16:
         assert chosen.autocast().fast_dtype == dtype and chosen.autocast().device == "cuda"
 
@@ -109,7 +109,7 @@ def test_facts_of_a_gpu(machine, monkeypatch):
     restored = []
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda values, device: restored.append(values))
     state._restore_random_state(state.random_state(gpu), gpu)
-    state._restore_random_state(state.random_state(torch.device("cpu")), gpu)  # a run begun on a CPU goes on
+    state._restore_random_state(state.random_state(torch.device("cpu")), gpu)  # a run that began on a CPU
     assert len(restored) == 1
 
 
@@ -118,7 +118,7 @@ def test_speed_of_the_processor_is_measured():
     assert hardware.matrix_product_rate(cpu, size=64) > 1e6 and cpu.name.endswith("threads")
 
 
-# --- words and numbers for people ------------------------------------------------------------------------
+# --- words and numbers on the screen ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
