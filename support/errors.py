@@ -3,7 +3,7 @@
 import sys
 from contextlib import contextmanager
 
-from support.output import make_output_fail_safe
+from support.streams import make_output_fail_safe
 
 
 class UserError(Exception):
