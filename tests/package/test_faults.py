@@ -486,7 +486,7 @@ def hangs(*args, **kwargs):
     [
         ("init", fails, "did not start (the server is on fire)"),
         ("init", hangs, "did not start (no answer in"),
-        ("log", fails, "could not log step 0 (the server is on fire)"),
+        ("log", fails, "stopped logging at step 0 (the server is on fire)"),
         ("finish", fails, "did not finish (the server is on fire)"),
         ("finish", hangs, "did not finish (no answer in"),
     ],
