@@ -27,6 +27,7 @@ from support.text import read_pieces, split_held_out, tokenise
 from support.tokenizer import get_tokenizer
 
 C4 = ("yimingzhang/llms-hw2", "tokens.npz")  # the course's dataset repository on the Hugging Face Hub, its file
+SAMPLE_NAME = "bundled sample (Wikipedia 2006)"
 SAMPLE_NOTE = (
     "NOTE: no data named and no data/tokens.npz, and the course's C4 tokens cannot be fetched ({}), so this "
     "trains on the bundled sample of Wikipedia pages; its perplexities are not comparable with C4's."
@@ -55,6 +56,15 @@ class Corpus:
                 f"seq_len = {seq_len}; give more data or a smaller seq_len",
             )
 
+    @property
+    def is_sample(self) -> bool:
+        """Whether this is the sample that comes with the package."""
+        return self.name == SAMPLE_NAME
+
+    def n_predictions(self, seq_len: int) -> int:
+        """Tokens of val that are predicted when it is cut into rows of seq_len tokens."""
+        return len(self.val) // seq_len * (seq_len - 1)
+
 
 def load_corpus(data: str | None, n_vocab: int) -> Corpus:
     """The corpus that the key or flag `data` names; every token id is in [0, n_vocab).
@@ -72,7 +82,7 @@ def load_corpus(data: str | None, n_vocab: int) -> Corpus:
             require(data is None, f"data: c4: no data/tokens.npz, and it cannot be fetched ({error}); {remedy}")
             data, note = "sample", SAMPLE_NOTE.format(error)
     if data == "sample":
-        return Corpus("bundled sample (Wikipedia 2006)", *read_tokens(DATA / "sample.npz", n_vocab), note)
+        return Corpus(SAMPLE_NAME, *read_tokens(DATA / "sample.npz", n_vocab), note)
     path = Path(data)
     known = "a token file or folder, a text or jsonl file, 'sample' or 'c4'"
     require(path.exists(), f"data: {data} does not exist; give {known}")

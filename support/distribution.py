@@ -6,7 +6,8 @@ alone prints, writes and holds the folder. Without torchrun nothing here does an
 
 import os
 import sys
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -43,58 +44,78 @@ class World:
         torch.cuda.set_device(self.local_rank)
         return f"cuda:{self.local_rank}"
 
-    def distribute(self, module: torch.nn.Module, seed: int) -> torch.nn.Module:
-        """The module with gradients averaged over the ranks, each of which draws other numbers from now on."""
-        if self.size == 1:
-            return module
-        device = next(module.parameters()).device
-        module = Distributed(module, [device] if device.type == "cuda" else None, forward_sync_buffers=False)
-        # The first backward pass settles how gradients are packed, and thereby in which order they are
-        # summed. Made here, it settles the same in a run that is continued.
-        module(torch.zeros(1, 2, dtype=torch.int64, device=device)).mean().backward()
-        module.zero_grad()
-        torch.manual_seed(int(np.random.SeedSequence((seed, self.rank)).generate_state(1)[0]))
-        return module
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0, the process that prints and writes."""
+        return self.rank == 0
 
-    def share(self, tokens: np.ndarray, seq_len: int) -> np.ndarray:
-        """This rank's part of the rows of seq_len tokens: consecutive rows, of equal number up to one."""
-        rows = len(tokens) // seq_len
-        first, end = (rows * rank // self.size for rank in (self.rank, self.rank + 1))
-        return tokens[first * seq_len : end * seq_len]
+    def distribute(
+        self, loss_fn: torch.nn.Module, grad_accumulation_steps: int, batch_shape: tuple[int, int], seed: int
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The loss averaged over all processes, with averaged gradients; alone, loss_fn itself.
+
+        Afterwards each process draws its own random numbers, and so its own batches.
+        """
+        if self.size == 1:
+            return loss_fn
+        loss_fn = DistributedLoss(loss_fn, grad_accumulation_steps, batch_shape)
+        torch.manual_seed(int(np.random.SeedSequence((seed, self.rank)).generate_state(1)[0]))
+        return loss_fn
 
     def maximum(self, *values: int) -> tuple[int, ...]:
-        """The largest of each value over all ranks. It returns when all have called it."""
-        return values if self.size == 1 else tuple(map(int, _all_reduce(values, dist.ReduceOp.MAX)))
+        """The largest of each value over all processes. It returns when all have called it."""
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tuple(tensor.tolist())
+
+    def barrier(self) -> None:
+        """Wait until all processes have called it."""
+        self.maximum(0)
 
     def gather(self, value) -> list:
-        """The values of all ranks, in their order."""
+        """The values of all processes, by rank."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
 
     @contextmanager
-    def rank_0_first(self):
-        """The other ranks enter the block when rank 0 has left it, and find what it downloaded or wrote."""
-        if self.rank != 0:
-            self.maximum(0)
+    def main_process_first(self):
+        """The other processes enter the block when rank 0 has left it, and find what it downloaded or wrote."""
+        if not self.is_main_process:
+            self.barrier()
         yield
-        if self.rank == 0:
-            self.maximum(0)
+        if self.is_main_process:
+            self.barrier()
 
 
-class Distributed(DistributedDataParallel):
-    """A module, the loss of a model, whose backward pass averages the gradients over all ranks."""
+class DistributedLoss:
+    """input_ids (B, S) of this process -> the loss averaged over all processes.
 
-    def sum_over_ranks(self, *values: float) -> tuple[float, ...]:
-        """The sum of each value over all ranks."""
-        return _all_reduce(values, dist.ReduceOp.SUM)
+    Backward averages the gradients too, once for every grad_accumulation_steps calls.
+    """
 
+    def __init__(self, loss_fn: torch.nn.Module, grad_accumulation_steps: int, batch_shape: tuple[int, int]):
+        device = next(loss_fn.parameters()).device
+        device_ids = [device] if device.type == "cuda" else None
+        self.module = DistributedDataParallel(loss_fn, device_ids, broadcast_buffers=False)
+        # The first backward pass decides how gradients are packed, and so the order in which they are summed.
+        # Run here, it decides the same way in a resumed run.
+        self.module(torch.zeros(batch_shape, dtype=torch.int64, device=device)).backward()
+        loss_fn.zero_grad()
+        self.grad_accumulation_steps, self.n_calls = grad_accumulation_steps, 0
 
-def _all_reduce(values: tuple[float, ...], operation) -> tuple[float, ...]:
-    tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, operation)
-    return tuple(tensor.tolist())
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        self.n_calls += 1
+        is_last = self.n_calls % self.grad_accumulation_steps == 0
+        with nullcontext() if is_last else self.module.no_sync():
+            loss = self.module(input_ids)
+        mean = loss.detach().clone()
+        dist.all_reduce(mean, dist.ReduceOp.SUM)
+        mean /= dist.get_world_size()
+        return mean + (loss - loss.detach())  # the mean's value with this process's gradient
 
 
 @contextmanager

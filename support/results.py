@@ -1,7 +1,9 @@
-"""What came of a training run: its files, and what the person reads at the end."""
+"""What came of a training run: its files, and what is printed at the end."""
 
 import math
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -10,83 +12,108 @@ from support.config import dump_config, load_config
 from support.files import json_text, write_together
 from support.hardware import peak_memory_mib
 from support.plots import plot_curve
-from support.screen import bold, duration, heading, next_commands, show_facts, show_text
+from support.progress import RunFacts
+from support.run_folder import RESULTS, WORKING_METRICS
+from support.screen import bold, duration, heading, next_commands, show_facts, show_note, show_text
+from support.setup import Setup
 
+SAMPLE_PROMPT = "The city"
 EXPECTED_VAL_LOSS = {"smoke": 7.61, "GPT-tiny": 6.90}  # shipped configurations on the bundled sample
-FILES = ("model.pt", "config.yaml", "eval.json", "metrics.csv", "curve.png", "run.json", "training_state.pt")
 
 
-def write_results(run, result: dict[str, float], n_predictions: int) -> dict[str, str]:
-    """Write model.pt with its config.yaml, eval.json and run.json, then draw curve.png; return facts to print.
+def write_results(
+    folder: Path, facts: RunFacts, model: torch.nn.Module, result: dict[str, float], seconds: float
+) -> dict[str, str]:
+    """Write model.pt, config.yaml, eval.json, run.json, metrics.csv and curve.png; return facts to print.
 
-    May raise OSError; the former results then stand as they were.
+    `result` comes from `evaluate`; the run has trained for `seconds`. May raise OSError; the former results
+    are then unchanged.
     """
-    c = run.config
-    seconds_per_step = run.seconds / c.num_training_steps
-    peak = peak_memory_mib(run.hardware.device)
+    setup, c = facts.setup, facts.setup.config
+    seconds_per_step = seconds / c.num_training_steps
+    n_predictions = setup.corpus.n_predictions(c.seq_len)
+    peak = peak_memory_mib(setup.device)
     measured = {
-        "seconds": run.seconds,
-        "tokens-per-second": run.tokens_per_step / seconds_per_step,
-        "tflops": run.flops / run.seconds / 1e12,
-        "matrix-product-tflops": run.matrix_product_rate / 1e12,
+        "seconds": seconds,
+        "tokens-per-second": setup.tokens_per_step / seconds_per_step,
+        "tflops": facts.flops / seconds / 1e12,
+        "matrix-product-tflops": facts.peak_flops_per_second / 1e12,
         "peak-memory-mib": peak,
-        "flops": run.flops,
-        "device": run.hardware.name,
-        "dtype": str(run.hardware.dtype),
+        "flops": facts.flops,
+        "device": setup.hardware.name,
+        "dtype": str(setup.hardware.dtype),
         "allocator": os.environ.get("LD_PRELOAD") or "system default",  # it decides much of the speed on a CPU
         "torch": torch.__version__,
     }
     evaluation = {**result, "tokens-predicted": n_predictions, "seq_len": c.seq_len}
-    weights = {key: tensor.detach().cpu() for key, tensor in run.model.state_dict().items()}
+    weights = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
+    metrics = folder / WORKING_METRICS
     write_together(
         {
-            run.folder / "model.pt": to_bytes(weights),
-            run.folder / "config.yaml": dump_config(c).encode(),
-            run.folder / "eval.json": json_text(evaluation).encode(),
-            run.folder / "run.json": json_text(measured).encode(),
+            folder / "model.pt": to_bytes(weights),
+            folder / "config.yaml": dump_config(c).encode(),
+            folder / "eval.json": json_text(evaluation).encode(),
+            folder / "run.json": json_text(measured).encode(),
+            folder / "metrics.csv": metrics.read_bytes(),
         }
     )
-    levels = (result["val-loss"], run.ln_vocab, run.unigram)
-    title = f"{run.folder.name} on {run.corpus.name}"
-    plot_curve(run.folder / "metrics.csv", *levels, title, run.folder / "curve.png")
+    metrics.unlink()
+    title = f"{folder.name} on {setup.corpus.name}"
+    levels = (result["val-loss"], facts.ln_vocab, facts.unigram_entropy)
+    plot_curve(folder / "metrics.csv", *levels, title, folder / "curve.png")
     return {
-        "trained": f"{c.num_training_steps} steps in {duration(run.seconds)}, {run.speed(seconds_per_step)}",
+        "trained": f"{c.num_training_steps} steps in {duration(seconds)}, {facts.speed(seconds_per_step)}",
         "memory": f"{peak:.0f} MiB at the peak",
         "evaluated": f"{n_predictions:,} predicted tokens, seq_len {c.seq_len}",
-        "written": f"{run.folder}/ {', '.join(FILES[:-1])}",
+        "written": f"{folder}/ {', '.join(RESULTS)}",
     }
 
 
-def show_results(run, result: dict[str, float], facts: dict[str, str], sample: tuple[str, str]) -> None:
-    """Print the loss and what it means, the facts, a prompt with its continuation, and what to type next."""
+def show_results(folder: Path, facts: RunFacts, result: dict[str, float], written: dict[str, str]) -> None:
+    """Print the loss, what it means, and how it was reached."""
     heading("result")
-    val_loss = result["val-loss"]
-    print("  " + bold(f"validation loss {val_loss:.3f} nats, perplexity {result['val-perplexity']:.1f}"))
-    print(f"  {_meaning(run, val_loss)}\n")
-    show_facts(facts)
-    show_text(*sample)
-    checkpoint = run.folder / "model.pt"
+    val_loss, perplexity = result["val-loss"], result["val-perplexity"]
+    print("  " + bold(f"validation loss {val_loss:.3f} nats, perplexity {perplexity:.1f}"))
+    print(f"  {_meaning(folder, facts, val_loss)}\n")
+    show_facts(written)
+
+
+def show_sample(checkpoint: Path, generate: Callable[[str], str]) -> None:
+    """Print a prompt with its continuation `generate(prompt)`, and the next commands to type."""
+    try:
+        show_text(SAMPLE_PROMPT, generate(SAMPLE_PROMPT))
+    except NotImplementedError:
+        show_note("No sample text: generate() in generate.py is not written yet (question 3.1).")
     next_commands(
         f"python generate.py --prefixes prefixs.json --checkpoint {checkpoint}",
         f"python classify.py {checkpoint}",
     )
 
 
-def _meaning(run, val_loss: float) -> str:
-    """Where the loss stands between the two guesses, and what was to be expected."""
+def _meaning(folder: Path, facts: RunFacts, val_loss: float) -> str:
+    """Compare the loss with two simple guesses, and with what this configuration should reach."""
     if not math.isfinite(val_loss):
         return "The loss is not finite: the run diverged; lower max_lr or lengthen the warm-up."
-    below_uniform, below_unigrams = run.ln_vocab - val_loss, run.unigram - val_loss
+    below_uniform, below_unigrams = facts.ln_vocab - val_loss, facts.unigram_entropy - val_loss
     text = f"{below_uniform:.2f} below a uniform guess"
     if below_uniform <= 0:
         text = "No better than a uniform guess: nothing was learned."
     elif below_unigrams <= 0:
         text += ", not yet below word frequencies alone: train longer or with a higher max_lr."
     else:
-        text += f" and {below_unigrams:.2f} below word frequencies alone: the model uses the words before."
-    name = run.folder.name
-    if name in EXPECTED_VAL_LOSS and run.corpus.name.startswith("bundled"):
-        shipped = load_config(str(ROOT / "configs" / f"{name}.yaml"))
-        if not run.config.differing(shipped.flat()):
-            text += f" Expected for this configuration: about {EXPECTED_VAL_LOSS[name]:.2f}."
+        text += f" and {below_unigrams:.2f} below word frequencies alone: the model is using context."
+    corpus, config = facts.setup.corpus, facts.setup.config
+    if folder.name in EXPECTED_VAL_LOSS and corpus.is_sample:
+        shipped = load_config(str(ROOT / "configs" / f"{folder.name}.yaml"))
+        if not config.differing(shipped.flat()):
+            text += f" Expected for this configuration: about {EXPECTED_VAL_LOSS[folder.name]:.2f}."
     return text
+
+
+def show_evaluation(checkpoint: str, setup: Setup, result: dict[str, float]) -> None:
+    """Print the loss of a checkpoint, and what it was measured on."""
+    heading("evaluate")
+    show_facts({"model": checkpoint, "data": f"the val split of {setup.corpus.name}"})
+    loss, perplexity, seq_len = result["val-loss"], result["val-perplexity"], setup.config.seq_len
+    print("  " + bold(f"validation loss {loss:.4f} nats per token, perplexity {perplexity:.5g}"))
+    print(f"  over {setup.corpus.n_predictions(seq_len):,} predicted tokens in rows of seq_len {seq_len}")

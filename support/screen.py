@@ -77,14 +77,3 @@ def duration(seconds: float) -> str:
     if seconds < 90 * 60:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def show_evaluation(
-    checkpoint: str, corpus_name: str, result: dict[str, float], n_predictions: int, seq_len: int
-) -> None:
-    """The loss of a checkpoint, and what it was measured on."""
-    heading("evaluate")
-    show_facts({"model": checkpoint, "data": f"the val split of {corpus_name}"})
-    loss, perplexity = result["val-loss"], result["val-perplexity"]
-    print("  " + bold(f"validation loss {loss:.4f} nats per token, perplexity {perplexity:.5g}"))
-    print(f"  over {n_predictions:,} predicted tokens in rows of seq_len {seq_len}")

@@ -1,12 +1,16 @@
-"""training_state.pt: all that an interrupted run needs to go on as if nothing had happened."""
+"""training_state.pt: everything an interrupted run needs to continue bit for bit."""
 
 import hashlib
 import reprlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from support.checkpoint import load_archive, to_bytes
+from support.config import TrainingConfig
 from support.corpus import Corpus, evenly_spaced
 from support.errors import UserError, first_line, require
 from support.files import write_together
@@ -14,8 +18,27 @@ from support.files import write_together
 FRESH = "start over with --fresh or choose another output_dir"
 
 
+@dataclass(frozen=True)
+class RunIdentity:
+    """What must be the same for a run to be resumed."""
+
+    config: TrainingConfig
+    data: str  # fingerprint of the corpus
+    n_processes: int
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    next_step: int = 0
+    recent_losses: list[float] = field(default_factory=list)  # of the steps in the running mean
+    seconds: float = 0.0  # spent training
+    wandb_id: str | None = None
+
+
 def fingerprint(corpus: Corpus) -> str:
-    """A hash of both splits; of long ones, of their lengths and about 2^22 evenly spaced tokens."""
+    """Hash both splits; of long ones, their lengths and about 2^22 evenly spaced tokens."""
     digest = hashlib.sha256()
     for tokens in (corpus.train, corpus.val):
         digest.update(f"{len(tokens)} ".encode())
@@ -24,76 +47,80 @@ def fingerprint(corpus: Corpus) -> str:
     return digest.hexdigest()
 
 
-def save_state(run, random: list[dict], progress: dict) -> None:
-    """Write the run's state after a step: `random` holds every rank's `random_state`, `progress` plain
-    values (next step, losses, seconds, W&B id).
+def save_state(
+    path: Path,
+    identity: RunIdentity,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    random_states: Iterable[dict],
+    progress: Progress,
+) -> None:
+    """Write the state after a step; `random_states` holds the `random_state` of every process, by rank.
 
-    May raise OSError; the file is then the former one.
+    May raise OSError or MemoryError; the former file is then unchanged.
     """
     values = {
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "config": run.config.flat(),
-        "data": run.data,
-        "random": random,
-        "progress": progress,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "config": identity.config.flat(),
+        "data": identity.data,
+        "random": list(random_states),
+        "progress": vars(progress),
     }
-    write_together({run.state_path: to_bytes(values)})
+    write_together({path: to_bytes(values)})
 
 
-def load_state(run) -> dict:
-    """Put the run's model, optimizer and random generators back where they were; return `progress`.
+def load_state(
+    path: Path,
+    identity: RunIdentity,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rank: int,
+    device: torch.device,
+) -> Progress:
+    """Restore model, optimizer and this process's random generators; return the progress.
 
-    Raises UserError when the file is damaged, or belongs to another configuration, other data or another
+    Raises UserError if the file is damaged, or belongs to another configuration, other data or another
     number of processes.
     """
-    path, model = run.state_path, run.model
-    # Weights and two moments make 3 numbers a parameter; the rest is the index and the random states.
-    n_bytes = 4 * run.n_parameters
+    # Weights and two moments make three numbers per parameter; the rest is the index and the random states.
+    n_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     values = load_archive(path, 2.9 * n_bytes, 3.1 * n_bytes + 2**24, FRESH)
     try:
-        _check_same_run(run, values, f"{path}: the interrupted run there has")
-        progress = values["progress"]
-        good = 0 < int(progress["step"]) <= run.config.num_training_steps
-        good = good and all(isinstance(number, float) for number in [progress["seconds"], *progress["losses"]])
-        good = good and isinstance(progress["wandb_id"], (str, type(None)))
+        _require_same_run(values, identity, f"{path}: the interrupted run there has")
+        progress = Progress(**values["progress"])
+        require(0 < progress.next_step <= identity.config.num_training_steps, f"{path}: damaged; {FRESH}")
         model.load_state_dict(values["model"])
-        run.optimizer.load_state_dict(values["optimizer"])
-        for parameter in model.parameters():
-            moments = list(run.optimizer.state[parameter].values())
-            good = good and moments and all(moment.shape in (parameter.shape, ()) for moment in moments)
-            good = good and all(tensor.isfinite().all() for tensor in (parameter, *moments))
-        require(bool(good), f"{path}: its values make no sense; {FRESH}")
-        _restore_random_state(values["random"][run.world.rank], run.hardware.device)
-    except UserError:
-        raise
-    except Exception as error:  # a foreign archive can hold anything under these names, or nothing
+        optimizer.load_state_dict(values["optimizer"])
+        _restore_random_state(values["random"][rank], device)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError(f"{path}: not the state of this run ({first_line(error)}); {FRESH}") from None
     return progress
 
 
-def _check_same_run(run, values: dict, there: str) -> None:
-    theirs, ours = values["config"], run.config.flat()
+def _require_same_run(values: dict, identity: RunIdentity, there: str) -> None:
+    theirs, ours = values["config"], identity.config.flat()
     differing = [
         f"{key} ({reprlib.repr(theirs.get(key))} there, {ours.get(key)!r} here)"
-        for key in run.config.differing(theirs)
+        for key in identity.config.differing(theirs)
     ]
     require(not differing, f"{there} another configuration: {', '.join(differing)}; {FRESH}")
     names = [reprlib.repr(keys["data"] or "the default") for keys in (theirs, ours)]
     require(
-        values["data"] == run.data,
+        values["data"] == identity.data,
         f"{there} other data: data ({names[0]} there, {names[1]} here) does not hold the same tokens; {FRESH}",
     )
-    n, here = len(values["random"]), run.world.size
+    n = len(values["random"])
     launcher = "python" if n == 1 else f"torchrun --nproc_per_node={n}"
     require(
-        n == here,
-        f"{there} {n} process{'es' * (n > 1)}, this one {here}; continue it with {launcher} train.py, or {FRESH}",
+        n == identity.n_processes,
+        f"{there} {n} process{'es' * (n > 1)}, this one {identity.n_processes}; "
+        f"resume it with {launcher} train.py, or {FRESH}",
     )
 
 
 def random_state(device: torch.device) -> dict:
-    """The generators of torch (it draws the batches), of the GPU, and of numpy, as plain values."""
+    """The state of the generators of torch (which draws the batches), numpy and the GPU."""
     kind, keys, *rest = np.random.get_state()
     state = {"torch": torch.get_rng_state(), "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest]}
     if device.type == "cuda":
@@ -105,5 +132,5 @@ def _restore_random_state(state: dict, device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    if device.type == "cuda" and "cuda" in state:  # it may have begun on a CPU
+    if device.type == "cuda" and "cuda" in state:  # the run may have started on a CPU
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,112 @@
+"""What a training run shows: the header before it, the progress bar during it, its speed."""
+
+import math
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+
+from tqdm import tqdm
+
+from support.corpus import unigram_entropy
+from support.hardware import matrix_product_rate
+from support.screen import count, duration, heading, show_facts, show_note
+from support.setup import Setup
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """The numbers of a training run that are known before it starts."""
+
+    setup: Setup
+    n_vocab: int
+    n_parameters: int
+    flops: int  # of the whole run
+
+    @property
+    def flops_per_step(self) -> int:
+        """FLOPs of one step of all processes."""
+        return self.flops // self.setup.config.num_training_steps
+
+    @property
+    def ln_vocab(self) -> float:
+        """The loss of a uniform guess, in nats."""
+        return math.log(self.n_vocab)
+
+    @cached_property
+    def unigram_entropy(self) -> float:
+        """The loss of a guess that knows only token frequencies, in nats."""
+        return unigram_entropy(self.setup.corpus.train, self.n_vocab)
+
+    @cached_property
+    def peak_flops_per_second(self) -> float:
+        """What all devices of the run could do at best: their matrix-product rate."""
+        return matrix_product_rate(self.setup.hardware) * self.setup.world.size
+
+    def speed(self, seconds_per_step: float) -> str:
+        """Tokens and FLOPs per second, and the share of what the devices could do."""
+        flops_per_second = self.flops_per_step / seconds_per_step
+        n = self.setup.world.size
+        return (
+            f"{self.setup.tokens_per_step / seconds_per_step:,.0f} tokens/s, {flops_per_second / 1e12:.3f} TFLOPS: "
+            f"{flops_per_second / self.peak_flops_per_second:.0%} of "
+            f"{f'{n} times ' if n > 1 else ''}this device's matrix-product rate"
+        )
+
+
+def show_run_header(title: str, facts: RunFacts) -> None:
+    """Print what will be trained, on what, and what it costs."""
+    setup, corpus, c = facts.setup, facts.setup.corpus, facts.setup.config
+    heading(title)
+    if corpus.note:
+        show_note(corpus.note)
+    n_tokens = setup.tokens_per_step * c.num_training_steps
+    processes = f", {setup.world.size} processes" if setup.world.size > 1 else ""
+    show_facts(
+        {
+            "device": f"{setup.hardware}{processes}",
+            "model": f"{count(facts.n_parameters, 'parameters')}, model.pt {facts.n_parameters * 4 / 1e6:.1f} MB",
+            "data": f"{corpus.name}: {count(len(corpus.train), 'tokens')} to train on, "
+            f"{count(len(corpus.val), 'tokens')} held out",
+            "training": f"{c.num_training_steps} steps of {setup.tokens_per_step} tokens = "
+            f"{count(n_tokens, 'tokens')} ({n_tokens / len(corpus.train):.2g} times the data)",
+            "compute": f"{facts.flops:.3g} FLOPs: {facts.flops / 1e15:.1%} of the course's 1e15, "
+            f"{facts.flops / 1e17:.2%} of 1e17",
+            "ln V": f"{facts.ln_vocab:.3f} nats, the loss of a uniform guess",
+            "unigrams": f"{facts.unigram_entropy:.3f} nats, the loss of a guess that knows only word frequencies",
+        }
+    )
+
+
+class ProgressDisplay:
+    """A progress bar on a terminal; elsewhere about twenty lines in all. Shows nothing if disabled."""
+
+    def __init__(self, facts: RunFacts, start_step: int, enabled: bool):
+        self.facts, self.enabled, self.start_step = facts, enabled, start_step
+        self.total = facts.setup.config.num_training_steps
+        self.bar = tqdm(
+            total=self.total,
+            initial=start_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (enabled and sys.stderr.isatty()),
+        )
+
+    def update(self, result, seconds: float) -> None:
+        """Show a `train.StepResult`; `seconds` have passed since start_step."""
+        done = result.step + 1
+        seconds_per_step = seconds / (done - self.start_step)
+        text = (
+            f"loss {result.train_loss:.3f}  lr {result.learning_rate:.2e}  "
+            f"{self.facts.setup.tokens_per_step / seconds_per_step:,.0f} tok/s  "
+            f"{self.facts.flops_per_step / seconds_per_step / 1e12:.3f} TFLOPS"
+        )
+        if not self.bar.disable:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+        elif self.enabled and (done % math.ceil(self.total / 20) == 0 or done == self.total):
+            left = duration((self.total - done) * seconds_per_step)
+            print(f"step {done}/{self.total}  {text}  {left} left", flush=True)
+
+    def close(self) -> None:
+        """End the bar, so that what is printed next starts on its own line."""
+        self.bar.close()

@@ -1,0 +1,67 @@
+"""What a training run starts from: configuration, device, tokenizer, corpus and processes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import tiktoken
+import torch
+
+from support.config import TrainingConfig, load_config
+from support.corpus import Corpus, load_corpus
+from support.distribution import World, join_world
+from support.errors import exit_on_user_error
+from support.hardware import Hardware, choose_hardware
+from support.tokenizer import get_tokenizer
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The inputs of one training run, loaded and checked."""
+
+    config: TrainingConfig
+    hardware: Hardware
+    tokenizer: tiktoken.Encoding
+    corpus: Corpus
+    world: World
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self.hardware.device
+
+    @property
+    def autocast(self) -> AbstractContextManager:
+        """The context in which losses are computed."""
+        return self.hardware.autocast()
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per micro-batch of all processes together."""
+        return self.config.batch_size * self.world.size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that all processes train on in one step."""
+        return self.batch_size * self.config.seq_len * self.config.grad_accumulation_steps
+
+    def distribute(self, loss_fn: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The loss to train with: averaged over all processes if there are several, else loss_fn itself."""
+        c = self.config
+        return self.world.distribute(loss_fn, c.grad_accumulation_steps, (c.batch_size, c.seq_len), c.seed)
+
+
+@contextmanager
+def open_setup(config_path: str, overrides: list[str], data: str | None) -> Iterator[Setup]:
+    """Join the processes that torchrun started and load everything that the configuration names.
+
+    A UserError in the block, or for something wrong with these inputs, ends the program in one sentence.
+    """
+    with exit_on_user_error(), join_world() as world:
+        config = load_config(config_path, overrides, data)
+        hardware = choose_hardware(world.device(config.device))
+        tokenizer = get_tokenizer(config.tokenizer_encoding)
+        with world.main_process_first():  # it downloads or tokenises; the others find the result
+            corpus = load_corpus(config.data, tokenizer.n_vocab)
+        corpus.check_length(config.seq_len)
+        yield Setup(config, hardware, tokenizer, corpus, world)
