@@ -5,9 +5,9 @@
     python data/prepare.py pages.jsonl.gz part.npz --tokens 1000000       also writes part_titles.txt
     python data/prepare.py reviews.jsonl sample.jsonl --reviews 1000
 
-SOURCE is a .jsonl or .jsonl.gz with a field `text`, a text file (documents between `<|endoftext|>`), or hf:NAME,
-the train split of a dataset of the Hugging Face Hub with a column `text`, read over the network as far as needed.
-OUT is a folder, which training maps into memory, or an .npz. Tokens wait on the disk, not in memory. The same
+SOURCE is a .jsonl or .jsonl.gz with a field `text`, a text file (documents separated by `<|endoftext|>`), or
+hf:NAME, the train split of a dataset of the Hugging Face Hub with a column `text`, streamed as far as needed.
+OUT is a folder, which training memory-maps, or an .npz. The tokens are kept on disk, not in memory. The same
 command gives the same files. data/README.md has the commands of the bundled ones.
 """
 
@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from support.corpus import read_tokens, write_runs  # noqa: E402
 from support.errors import UserError, exit_on_user_error, require  # noqa: E402
 from support.files import atomic_file, write_atomically  # noqa: E402
 from support.hub import Unavailable, ask, reason  # noqa: E402
 from support.text import read_jsonl, read_pieces, split_held_out, tokenise  # noqa: E402
+from support.token_files import write_runs  # noqa: E402
 from support.tokenizer import get_tokenizer  # noqa: E402
 
 SEED = 42
@@ -53,7 +53,7 @@ def cut_at_sentence(text: str, max_chars: int) -> str:
 
 
 def is_prose(title: str, text: str) -> bool:
-    """Whether a page is sentences throughout: no stub, list, calendar page, table, formulas or references."""
+    """Whether a page consists of sentences: no stub, list, calendar page, table, formulas or references."""
     lines = [line.rstrip() for line in text.splitlines()]
     in_sentences = sum(len(line) for line in lines if len(line) > 80 and line.endswith((".", '"', ")")))
     plain = sum(character.isascii() and (character.isalpha() or character in " ,.") for character in text)
@@ -67,12 +67,12 @@ def is_prose(title: str, text: str) -> bool:
 
 
 def hub_records(name: str, config: str | None) -> Iterator[dict]:
-    """The rows of the train split of a dataset of the Hugging Face Hub, as they come over the network."""
+    """The rows of the train split of a dataset of the Hugging Face Hub, streamed."""
     from huggingface_hub import HfApi
 
     n_read = 0
     try:
-        ask(HfApi().dataset_info, name)  # a quick answer where there is no network
+        ask(HfApi().dataset_info, name)  # a quick answer if there is no network
         import datasets
 
         for row in datasets.load_dataset(name, config, split="train", streaming=True):
@@ -82,14 +82,14 @@ def hub_records(name: str, config: str | None) -> Iterator[dict]:
             n_read += 1
     except UserError:
         raise
-    except Exception as error:  # the clients raise dozens of kinds; the message tells them apart
+    except Exception as error:  # the clients raise dozens of types
         why = error if isinstance(error, Unavailable) else reason(error)
         read = f" beyond document {n_read:,}" if n_read else ""
-        raise UserError(f"hf:{name}: cannot be read{read} ({why}); mend that and try again") from None
+        raise UserError(f"hf:{name}: cannot be read{read} ({why}); fix that and retry") from None
 
 
 def documents(arguments: argparse.Namespace, titles: list[str]) -> Iterator[tuple[str, bool]]:
-    """What the options leave of the source, as `tokenise` takes it; the documents' titles go into the list."""
+    """The documents of the source that the options select, for `tokenise`; their titles are added to the list."""
     source, max_chars = arguments.source, arguments.max_chars_per_document
     if source.startswith(HUB):
         records = hub_records(source.removeprefix(HUB), arguments.config)
@@ -110,9 +110,9 @@ def documents(arguments: argparse.Namespace, titles: list[str]) -> Iterator[tupl
 
 
 def draw(lengths: array, wanted: dict[str, int], order: Sequence[int]) -> dict[str, Sequence[int]]:
-    """{split: documents} in this order, until each has its number of tokens; none is in both splits.
+    """{split: documents}, taken in this order until each split has its number of tokens.
 
-    Raises UserError when they do not suffice.
+    Raises UserError if there are too few.
     """
     drawn, position = {}, 0
     for split, missing in wanted.items():
@@ -127,24 +127,27 @@ def draw(lengths: array, wanted: dict[str, int], order: Sequence[int]) -> dict[s
 
 
 def draw_reviews(source: Path, n_reviews: int) -> list[dict]:
-    """Distinct reviews of at least four words, half of them of each label, in random order."""
+    """Distinct reviews of at least four words in random order, as many of each label (one more of 1 if odd)."""
     by_label = {0: {}, 1: {}}  # dicts, to drop repeated texts and keep the order
     for number, record in read_jsonl(source):
         if record.get("label") not in (0, 1):
             raise UserError(f"{source}, line {number}: label {record.get('label')!r}; it must be 0 or 1")
         if len(record["text"].split()) >= 4:
             by_label[record["label"]][record["text"]] = None
-    if min(map(len, by_label.values())) < n_reviews // 2:
-        raise UserError(f"--reviews {n_reviews}: {source} has too few for half of each label; ask for fewer")
     draw, chosen = random.Random(SEED), []
-    for label, texts in by_label.items():
-        chosen += [{"text": text, "label": label} for text in draw.sample(list(texts), n_reviews // 2)]
+    for label, n in ((0, n_reviews // 2), (1, n_reviews - n_reviews // 2)):
+        texts = list(by_label[label])
+        require(
+            len(texts) >= n,
+            f"--reviews {n_reviews}: {source} has only {len(texts)} of label {label}; ask for fewer",
+        )
+        chosen += [{"text": text, "label": label} for text in draw.sample(texts, n)]
     draw.shuffle(chosen)
     return chosen
 
 
 def write_tokens(out: Path, spool: BinaryIO, runs: dict[str, np.ndarray]) -> None:
-    """Write the runs of each split as an .npz or a folder; what was there before stays until all is written."""
+    """Write the runs of each split as an .npz or a folder, replacing what is there only when all is written."""
     with ExitStack() as files:
         if out.suffix == ".npz":
             file = files.enter_context(atomic_file(out))
@@ -184,8 +187,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def prepare(arguments: argparse.Namespace) -> None:
     source, out = arguments.source, arguments.out
-    require(source.startswith(HUB) or Path(source).is_file(), f"{source} does not exist; mend the path")
-    require(out.parent.is_dir(), f"{out.parent} does not exist; mend the path")
+    require(source.startswith(HUB) or Path(source).is_file(), f"{source}: no such file")
+    require(out.parent.is_dir(), f"{out.parent}: no such folder")
     if arguments.reviews:
         reviews = draw_reviews(Path(source), arguments.reviews)
         write_atomically(out, "".join(json.dumps(review) + "\n" for review in reviews))
@@ -196,14 +199,12 @@ def prepare(arguments: argparse.Namespace) -> None:
     with TemporaryFile(dir=out.parent) as spool:
         runs = choose(arguments, spool)
         write_tokens(out, spool, runs)
-    if out.is_dir():
-        read_tokens(out, get_tokenizer().n_vocab)  # checks it once, so that training starts at once
     n_tokens = {split: (runs[split][:, 1] - runs[split][:, 0]).sum() for split in runs}
     print(f"{out}: {n_tokens['train']:,} train and {n_tokens['val']:,} val tokens")
 
 
 def choose(arguments: argparse.Namespace, spool: BinaryIO) -> dict[str, np.ndarray]:
-    """Put the tokens of all documents into the spool; say which of them are train and val, as (n, 2) runs."""
+    """Write the tokens of all documents to the spool; return which are train and val, as (n, 2) runs."""
     streamed, n_train = arguments.source.startswith(HUB), arguments.tokens
     n_val = arguments.val_tokens or -(-(n_train or 0) // 20)
     titles, lengths, n_read = [], array("q"), {"val": 0, "train": 0}
@@ -215,7 +216,7 @@ def choose(arguments: argparse.Namespace, spool: BinaryIO) -> dict[str, np.ndarr
             n_read["val" if n_read["val"] < n_val else "train"] += length
             if streamed and n_train and n_read["train"] >= n_train:
                 break
-    require(len(lengths) > 0, f"{arguments.source}: holds no text that the options admit; relax them")
+    require(len(lengths) > 0, f"{arguments.source}: no text is left by the options; relax them")
     if not n_train:
         return split_held_out(np.array(lengths))
     order = array("q", range(len(lengths)))

@@ -1,4 +1,4 @@
-"""Model weights: read without trusting the file, found when not named."""
+"""Model checkpoints: loading them without trusting the file, and finding one when none is named."""
 
 import io
 import os
@@ -13,127 +13,107 @@ import torch
 from model import DecoderLM
 from support.config import ModelConfig, TrainingConfig, load_config
 from support.errors import UserError, first_line, is_out_of_memory, require
+from support.files import zip_problem
 from support.hardware import Hardware, choose_hardware
 from support.screen import count
 from support.tokenizer import get_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 WRAPPERS = re.compile(r"^((_orig_mod|module)\.)+")  # prefixes that torch.compile and DistributedDataParallel add
-RETRY = "copy it again or train the model anew"
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-FIELDS = {  # of the configuration, by the shapes that show them
-    "token_embeddings.weight": ("n_vocab", "n_embd"),
-    "position_embeddings.weight": ("n_positions", "n_embd"),
-}
+RETRY = "copy it again or retrain the model"
 
 
 def to_bytes(values: dict) -> memoryview:
-    """What torch.save writes. In memory, so that a full disk is later an OSError of one file, nothing else."""
+    """What torch.save writes, in memory, so that a full disk only ever shows as an OSError of `write_together`."""
     buffer = io.BytesIO()
     torch.save(values, buffer)
     return buffer.getbuffer()  # not a copy: the state of a large model is gigabytes
 
 
 def load_archive(path: Path, least_bytes: float, most_bytes: float, remedy: str = RETRY) -> dict:
-    """The dict that torch.save wrote, never running code from it.
+    """The dict that torch.save wrote to `path`. No code in the file is run.
 
-    Raises UserError when it cannot be read, is damaged (every byte counts in a CRC, which torch.load
-    itself does not compare), asks for anything but plain tensors, or unpacks to more or fewer bytes.
+    Raises UserError if the file is missing or damaged (the CRCs are compared, which torch.load does not do), holds
+    anything but tensors and plain values, or unpacks to a number of bytes outside the two bounds.
     """
     require(path.is_file(), f"{path}: no such checkpoint; train one with python train.py")
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            n_bytes = sum(entry.file_size for entry in entries)
+            n_bytes = sum(entry.file_size for entry in archive.infolist())
             require(
                 least_bytes <= n_bytes <= most_bytes,
-                f"{path}: declares {n_bytes / 2**20:.2f} MiB, but its configuration needs "
-                f"{least_bytes / 2**20:.2f} to {most_bytes / 2**20:.2f}; the two do not belong together; {remedy}",
+                f"{path}: {n_bytes / 2**20:.2f} MiB of values, but the configuration needs "
+                f"{least_bytes / 2**20:.2f} to {most_bytes / 2**20:.2f}; {remedy}",
             )
-            unique = len({entry.filename for entry in entries}) == len(entries)
-            require(unique, f"{path}: an entry stands in it twice; {remedy}")  # two readers could read two files
             damaged = archive.testzip()
-            require(damaged is None, f"{path}: damaged ('{damaged}' fails its checksum); {remedy}")
+            require(damaged is None, f"{path}: damaged PyTorch checkpoint (wrong CRC of '{damaged}'); {remedy}")
         values = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except zipfile.BadZipFile:
-        raise UserError(f"{path}: no PyTorch checkpoint but {_foreign_kind(path)}; {remedy}") from None
-    except Exception as error:  # a foreign or hostile archive fails in a dozen ways; none may run or trace back
+        raise UserError(f"{path}: {zip_problem(path, 'PyTorch checkpoint')}; {remedy}") from None
+    except Exception as error:  # a foreign archive fails in many ways
         if is_out_of_memory(error):
             raise
         raise UserError(
-            f"{path}: holds more than plain tensors, or is damaged ({first_line(error)}); {remedy}"
+            f"{path}: damaged, or not a checkpoint of plain tensors ({first_line(error)}); {remedy}"
         ) from None
-    require(isinstance(values, dict), f"{path}: holds a {type(values).__name__}, not a state dict; {remedy}")
+    require(isinstance(values, dict), f"{path}: contains a {type(values).__name__}, not a state dict; {remedy}")
     return values
 
 
-def _foreign_kind(path: Path) -> str:
-    """What a file that is no zip archive seems to be."""
-    with path.open("rb") as file:
-        start = file.read(64).lstrip()
-    kinds = {b"<": "a web page", b"\x80": "a bare pickle, which could run code", b"PK": "truncated"}
-    kind = next((kind for magic, kind in kinds.items() if start.startswith(magic)), "foreign or damaged")
-    return kind if start else "empty"
-
-
 def load_weights(model: DecoderLM, path: str | Path, config: ModelConfig) -> None:
-    """Load `path` into the model, checked against its configuration.
+    """Load the checkpoint `path` into the model, which was built from this configuration.
 
-    Prefixes of compiled or distributed models are stripped, half precision is widened and a missing
-    scale_factor, which is no learned weight, stays as the model made it.
+    Compiled, distributed and half-precision checkpoints load too. Raises UserError if the file is damaged or
+    belongs to another configuration.
     """
-    n_vocab = model.token_embeddings.num_embeddings
-    _fill(model, _load_plausible(Path(path), config, n_vocab), path, config)
+    loaded = _load_plausible(Path(path), config, model.token_embeddings.num_embeddings)
+    _fill(model, loaded, path, config)
 
 
 def _load_plausible(path: Path, config: ModelConfig, n_vocab: int) -> dict:
-    """The archive, if it unpacks to the weights of this configuration, from half to double precision."""
+    """The content of a checkpoint whose size is right for this configuration in half to double precision."""
     n_parameters = config.n_parameters(n_vocab)
-    return load_archive(path, 1.9 * n_parameters, 8.1 * n_parameters + 2**20)  # with its index
+    return load_archive(path, 1.9 * n_parameters, 8.1 * n_parameters + 2**20)  # and its index
 
 
 def _fill(model: DecoderLM, loaded: dict, path: str | Path, config: ModelConfig) -> None:
-    """Put what `path` held into the model, or say what does not fit."""
     state = {WRAPPERS.sub("", str(key), count=1): value for key, value in loaded.items()}
-    wanted = model.state_dict()
+    try:
+        for name, found in _dimensions(state).items():
+            wanted = getattr(config, name)
+            require(
+                found == wanted,
+                f"{path}: the weights have {name} = {found}, but the configuration says {name} = {wanted}; "
+                "use the config.yaml that was saved with them",
+            )
+        for key, value in model.state_dict().items():
+            if key.endswith("scale_factor"):  # a constant, which half precision would round
+                state[key] = value
+        model.load_state_dict(state)
+    except UserError:
+        raise
+    except Exception as error:  # missing or unknown tensors, other shapes, values that are not tensors
+        raise UserError(f"{path}: not a checkpoint of this model ({first_line(error)}); {RETRY}") from None
+    for name, parameter in model.named_parameters():
+        finite = bool(parameter.isfinite().all())
+        require(finite, f"{path}: '{name}' has values that are not finite; the run diverged, use another one")
 
-    def same(name: str, theirs, ours) -> None:
-        require(
-            theirs == ours,
-            f"{path}: its weights have {name} = {theirs}, but its configuration says {name} = {ours}; "
-            "give the config.yaml that belongs to it",
-        )
 
-    same("n_layer", len({key.split(".")[1] for key in state if key.startswith("blocks.")}), config.n_layer)
-    for key, expected in wanted.items():
-        if key.endswith("scale_factor"):
-            state.setdefault(key, expected)
-        require(key in state, f"{path}: the tensor '{key}' is missing; it is not a checkpoint of this model")
-        tensor = state[key]
-        # A hostile file may hold sparse, nested or empty shells.
-        plain = isinstance(tensor, torch.Tensor) and not tensor.is_nested and tensor.layout == torch.strided
-        plain = plain and tensor.device.type == "cpu" and tensor.dtype in FLOATS
-        require(plain, f"{path}: '{key}' is a {type(tensor).__name__} of another kind; {RETRY}")
-        for name, theirs, ours in zip(FIELDS.get(key, ()), tensor.shape, expected.shape):  # noqa: B905
-            same(name, theirs, ours)
-        found = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
-        fits = tensor.shape == expected.shape
-        require(fits, f"{path}: '{key}' is {found}, not of shape {tuple(expected.shape)}; {RETRY}")
-        finite = bool(tensor.isfinite().all())
-        require(finite, f"{path}: '{key}' holds values that are not finite; the run diverged, use another one")
-        if key.endswith("scale_factor"):  # 1 / sqrt(D / H)
-            same("n_head", *(f"{config.n_embd * scale.float() ** 2:.0f}" for scale in (tensor, expected)))
-            state[key] = expected  # half precision would have rounded it
-    for key in state:
-        require(key in wanted, f"{path}: the tensor '{key:.80}' is unknown; it is not a checkpoint of this model")
-    model.load_state_dict(state)
+def _dimensions(state: dict) -> dict[str, int]:
+    """The values of the model's configuration that the tensors of its state dict show."""
+    n_positions, n_embd = state["position_embeddings.weight"].shape
+    blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
+    found = {"n_layer": len(blocks), "n_embd": n_embd, "n_positions": n_positions}
+    if "blocks.0.mha.scale_factor" in state:  # 1 / sqrt(n_embd / n_head)
+        found["n_head"] = round(n_embd * float(state["blocks.0.mha.scale_factor"]) ** 2)
+    return found
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model ready for use, and where it came from."""
+    """A model that is ready to use, and where it came from."""
 
     model: DecoderLM
     config: TrainingConfig
@@ -149,11 +129,11 @@ class TrainedModel:
 
     @property
     def folder(self) -> Path:
-        """Where results of this model go."""
+        """Where the results of this model go."""
         return self.path.parent
 
     def facts(self) -> dict[str, str]:
-        """What a command says about it."""
+        """What a command prints about the model."""
         n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return {
             "model": f"{self.path}, {count(n_parameters, 'parameters')} ({self.how_found})",
@@ -162,18 +142,21 @@ class TrainedModel:
 
 
 def load_trained_model(config_path: str | None, checkpoint: str | None) -> TrainedModel:
-    """The model that the two flags name, or else the newest one; on the best device there is."""
+    """The model that the two flags name, by default the newest one, on the best device of this machine.
+
+    Raises UserError if there is none, or if it cannot be loaded.
+    """
     path, how_found = find_checkpoint(config_path, checkpoint)
     require(path.is_file(), f"{path}: no such checkpoint; train one with python train.py")
-    beside = path.parent / "config.yaml"
+    saved_config = path.parent / "config.yaml"
     require(
-        config_path is not None or beside.exists(),
-        f"{beside}: missing, so the shape of {path} is unknown; name its YAML with --config",
+        config_path is not None or saved_config.exists(),
+        f"{saved_config}: no such file, so the shape of the model is unknown; name its YAML file with --config",
     )
-    config = load_config(config_path or str(beside))
+    config = load_config(config_path or str(saved_config))
     hardware = choose_hardware()
     tokenizer = get_tokenizer(config.tokenizer_encoding)
-    # Before the model is built, which may not fit into memory.
+    # The file is read first: a configuration that is far too large for it never becomes a model in memory.
     loaded = _load_plausible(path, config.model_config, tokenizer.n_vocab)
     model = DecoderLM(tokenizer.n_vocab, **vars(config.model_config))
     _fill(model, loaded, path, config.model_config)
@@ -181,7 +164,7 @@ def load_trained_model(config_path: str | None, checkpoint: str | None) -> Train
 
 
 def find_checkpoint(config_path: str | None, checkpoint: str | None) -> tuple[Path, str]:
-    """The checkpoint's path and how it was chosen. Raises UserError when there is none."""
+    """The path of the checkpoint and how it was chosen. Raises UserError if there is none to choose."""
     if checkpoint:
         return Path(checkpoint), "as named"
     if config_path:

@@ -1,8 +1,8 @@
-"""The YAML file of a training run, read into a frozen and checked dataclass.
+"""The YAML file of a training run, as a frozen dataclass whose values were checked.
 
     config = load_config("configs/GPT-tiny.yaml", ["max_lr=1e-3", "model_config.n_embd=64"])
 
-Every mistake in the file is a UserError that names the file, the key and the value.
+A mistake in the file is a UserError that names the file, the key and the value.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from pathlib import Path
 
 import yaml
 
-from support.errors import UserError, require
+from support.errors import UserError, first_line, require
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The arguments of DecoderLM beside the vocabulary size."""
+    """The arguments of DecoderLM other than the vocabulary size."""
 
     n_embd: int
     n_head: int
@@ -30,7 +30,7 @@ class ModelConfig:
     p_dropout: float = 0.1
 
     def n_parameters(self, n_vocab: int) -> int:
-        """Parameters of the DecoderLM that these arguments make, without making it."""
+        """Number of parameters of a DecoderLM with these arguments, without building it."""
         D = self.n_embd
         block = 12 * D**2 + 13 * D  # attention 4 (D² + D), feed-forward 8 D² + 5 D, two LayerNorms 4 D
         return (n_vocab + self.n_positions) * D + self.n_layer * block + 2 * D
@@ -38,7 +38,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One training run. The keys with a default are optional and leave the mathematics unchanged."""
+    """One training run. Keys with a default are optional; the defaults leave the mathematics unchanged."""
 
     output_dir: str
     tokenizer_encoding: str
@@ -55,8 +55,8 @@ class TrainingConfig:
     seed: int = 0
     weight_decay: float = 0.01  # AdamW's default
     grad_clip: float | None = None  # largest gradient norm; None: off
-    compile: bool = False  # the loss of the model, by torch.compile
-    checkpoint_interval: int | str | None = None  # steps (500) or seconds (60s); None: by what writing costs
+    compile: bool = False  # use torch.compile
+    checkpoint_interval: int | str | None = None  # steps (500) or seconds (60s); None: under 1% of the time
 
     def flat(self) -> dict:
         """All values by key, those of model_config as `model_config.n_embd`."""
@@ -64,29 +64,29 @@ class TrainingConfig:
         return {key: value for key, value in vars(self).items() if key != "model_config"} | model_keys
 
     def differing(self, flat: dict) -> list[str]:
-        """The keys with another value in `flat`, of those that the result of the run depends on."""
+        """The keys whose values differ from those in `flat`, except those that do not affect the result."""
         neutral = {"output_dir", "device", "data", "checkpoint_interval"}
         ours = self.flat()
         return [key for key in sorted({*ours, *flat} - neutral) if ours.get(key) != flat.get(key)]
 
 
 def load_config(path: str, overrides: typing.Sequence[str] = (), data: str | None = None) -> TrainingConfig:
-    """Read and check a configuration; each override is `key=value` or `model_config.key=value`.
+    """Read a configuration file; UserError says what is wrong with it.
 
-    `data` overrides the key of that name.
+    Each override is `key=value` or `model_config.key=value`; `data` overrides the key of that name.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; give a YAML file such as configs/GPT-tiny.yaml") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); see configs/ for examples") from None
+        raise UserError(f"{path}: {error.strerror}; see configs/ for examples") from None
     values = _parse(text, path)
-    found = "empty" if values is None else f"a {type(values).__name__}"
-    require(isinstance(values, dict), f"{path}: {found}, no mapping `key: value`; see configs/GPT-tiny.yaml")
+    found = "is empty" if values is None else f"contains a {type(values).__name__}"
+    require(isinstance(values, dict), f"{path}: {found}, not `key: value` lines; see configs/GPT-tiny.yaml")
     for override in overrides:
         key, equals, text = override.partition("=")
-        require(bool(equals), f"--set {override}: write it as key=value, such as --set max_lr=1e-3")
+        require(bool(equals), f"--set {override}: write key=value, such as --set max_lr=1e-3")
         section, dot, name = key.strip().rpartition(".")
         target = values.get(section) if dot else values
         require(isinstance(target, dict), f"--set {override}: there is no section '{section}'; see {path}")
@@ -94,99 +94,121 @@ def load_config(path: str, overrides: typing.Sequence[str] = (), data: str | Non
     if data is not None:
         values["data"] = data
     config = _build(TrainingConfig, values, path)
-    _check_rules(config, path)
+    _check_values(config, path)
     return config
 
 
 def dump_config(config: TrainingConfig) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    """The configuration as YAML text; `load_config` reads it back to an equal one."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which builds plain data only, refusing a key that stands twice."""
+    """YAML's safe loader, which only builds plain data, with an error for duplicate keys."""
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]
         for key, _ in node.value:
             if keys.count(key.value) > 1:
-                raise yaml.MarkedYAMLError(None, None, f"'{key.value}' stands twice", key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"duplicate key '{key.value}'", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def _parse(text: str, where: str):
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except Exception as error:  # tags such as `!!int ""` fail in a dozen ways inside PyYAML
+    except Exception as error:  # PyYAML raises many types, for example for tags such as `!!int ""`
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
-        what = getattr(error, "problem", None) or " ".join(str(error).split()) or "nested too deeply"
-        raise UserError(f"{where}: {line}not valid YAML ({what}); mend it") from None
+        what = getattr(error, "problem", None) or first_line(error)
+        raise UserError(f"{where}: {line}invalid YAML: {what}") from None
 
 
 def _build(cls, values: dict, path: str, prefix: str = ""):
-    """An instance of the dataclass from the mapping, every key known and of its type."""
+    """An instance of the dataclass from a mapping with exactly its keys, each value of the right type."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
+    types = typing.get_type_hints(cls)
     for key in values:
         nearest = get_close_matches(str(key), fields, n=1, cutoff=0)[0]
         require(key in fields, f"{path}: unknown key '{prefix}{key}'; did you mean '{nearest}'?")
     for name, field in fields.items():
-        there = name in values or field.default is not MISSING
-        require(there, f"{path}: the key '{prefix}{name}' is missing; add it")
-    return cls(**{name: _convert(value, hints[name], path, prefix + name) for name, value in values.items()})
+        given = name in values or field.default is not MISSING
+        require(given, f"{path}: the key '{prefix}{name}' is missing; add it")
+    return cls(**{name: _convert(value, types[name], path, prefix + name) for name, value in values.items()})
 
 
 def _convert(value, hint, path: str, key: str):
-    """The value as the type of its field, or a UserError that says what was expected."""
-    kinds = typing.get_args(hint) or (hint,)  # (X, None) of X | None
-    where = f"{path}: {key} = {reprlib.repr(value)}"  # shortened: aliases can make a value astronomically long
-    if value is None and type(None) in kinds:
+    """The value as the type of its field; UserError if it has another type."""
+    types = typing.get_args(hint) or (hint,)  # (X, None) for X | None
+    where = (
+        f"{path}: {key} = {reprlib.repr(value)}"  # shortened, because YAML aliases can make it astronomically long
+    )
+    if value is None and type(None) in types:
         return None
-    if ModelConfig in kinds:
-        require(isinstance(value, dict), f"{where} must be a mapping of its own keys")
+    if ModelConfig in types:
+        require(isinstance(value, dict), f"{where} must be a mapping")
         return _build(ModelConfig, value, path, f"{key}.")
-    if bool in kinds:
+    if bool in types:
         require(isinstance(value, bool), f"{where} must be true or false")
         return value
-    if str in kinds and isinstance(value, str) and value:
+    if str in types and isinstance(value, str) and value:
         return value
-    require(kinds[0] is not str, f"{where} must be a text")
+    require(types[0] is not str, f"{where} must be a string")
     try:
-        # Of a text too: PyYAML reads `1e-4`, without a point, as the text "1e-4".
+        # Also from a string, because PyYAML reads `1e-4`, without a point, as the string "1e-4".
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if int in kinds:
+    if int in types:
         require(number.is_integer() and abs(number) < 2**63, f"{where} must be a whole number")
         return value if isinstance(value, int) else int(number)
     require(math.isfinite(number), f"{where} must be a finite number")
     return number
 
 
-def _check_rules(config: TrainingConfig, path: str) -> None:
-    """The ranges of the values and what holds between them; a sentence names all that take part."""
-    c, m = config, config.model_config
+LEAST_VALUES = {
+    **dict.fromkeys(("n_embd", "n_head", "n_positions", "n_layer", "batch_size"), 1),
+    **dict.fromkeys(("num_training_steps", "grad_accumulation_steps"), 1),
+    **dict.fromkeys(("num_warmup_steps", "seed", "weight_decay", "min_lr", "p_dropout"), 0),
+    "seq_len": 2,  # a row of one token has nothing to predict
+}
+
+
+def _check_values(c: TrainingConfig, path: str) -> None:
+    """Raise UserError for a value out of range, or for values that do not go together."""
+    m = c.model_config
     values = vars(c) | vars(m)
-    sizes = ("n_embd", "n_head", "n_positions", "n_layer", "batch_size", "num_training_steps")
-    least = dict.fromkeys((*sizes, "grad_accumulation_steps"), 1) | {"seq_len": 2}  # of 1 token none is predicted
-    least |= dict.fromkeys(("num_warmup_steps", "seed", "weight_decay", "min_lr", "p_dropout"), 0)
-    for name, bound in least.items():
-        require(values[name] >= bound, f"{path}: {name} = {values[name]} must be at least {bound}")
-    every = c.checkpoint_interval
-    is_interval = every is None or (
-        every >= 1 if isinstance(every, int) else re.fullmatch(r"\d{1,9}(\.\d*)?s", every)
+    for name, least in LEAST_VALUES.items():
+        require(values[name] >= least, f"{path}: {name} = {values[name]} must be at least {least}")
+    require(m.n_embd % m.n_head == 0, f"{path}: n_embd = {m.n_embd} must be a multiple of n_head = {m.n_head}")
+    require(m.p_dropout < 1, f"{path}: p_dropout = {m.p_dropout} must be less than 1")
+    require(
+        c.seq_len <= m.n_positions,
+        f"{path}: seq_len = {c.seq_len} must not be more than n_positions = {m.n_positions}",
     )
-    rules = {
-        "n_embd must be a multiple of n_head": m.n_embd % m.n_head == 0,
-        "p_dropout must be less than 1": m.p_dropout < 1,
-        "seq_len must not be more than n_positions": c.seq_len <= m.n_positions,
-        "num_warmup_steps must not be more than num_training_steps": c.num_warmup_steps <= c.num_training_steps,
-        "max_lr must not be less than min_lr": c.max_lr >= c.min_lr,
-        "max_lr must be more than 0": c.max_lr > 0,
-        "grad_clip must be more than 0": c.grad_clip is None or c.grad_clip > 0,
-        "checkpoint_interval must be a number of steps (500) or of seconds (60s)": bool(is_interval),
-    }
-    for rule, holds in rules.items():
-        named = ", ".join(f"{name} = {value}" for name, value in values.items() if name in rule.split())
-        require(holds, f"{path}: {rule}; here {named}")
+    require(
+        c.num_warmup_steps <= c.num_training_steps,
+        f"{path}: num_warmup_steps = {c.num_warmup_steps} must not be more than "
+        f"num_training_steps = {c.num_training_steps}",
+    )
+    require(c.max_lr >= c.min_lr, f"{path}: max_lr = {c.max_lr} must not be less than min_lr = {c.min_lr}")
+    require(c.max_lr > 0, f"{path}: max_lr = {c.max_lr} must be more than 0")
+    require(c.grad_clip is None or c.grad_clip > 0, f"{path}: grad_clip = {c.grad_clip} must be more than 0")
+    every = c.checkpoint_interval
+    valid = (
+        bool(re.fullmatch(r"\d{1,9}(\.\d*)?s", every)) if isinstance(every, str) else every is None or every >= 1
+    )
+    require(valid, f"{path}: checkpoint_interval = {every} must be a number of steps (500) or of seconds (60s)")
+
+
+def memory_advice(c: TrainingConfig) -> str:
+    """What fills the memory, and the smallest change that needs less and leaves the mathematics unchanged."""
+    m = c.model_config
+    sizes = f"batch_size {c.batch_size} × seq_len {c.seq_len} × n_embd {m.n_embd} × n_layer {m.n_layer}"
+    if c.batch_size == 1:
+        return f"{sizes} does not fit; make one of the others smaller"
+    factor = next(k for k in range(2, c.batch_size + 1) if c.batch_size % k == 0)
+    return (
+        f"{sizes} does not fit; use --set batch_size={c.batch_size // factor} "
+        f"grad_accumulation_steps={c.grad_accumulation_steps * factor}, which gives the same result"
+    )

@@ -1,7 +1,8 @@
-"""Writing files so that a crash never leaves half of one."""
+"""Writing files so that a crash never leaves half of one, and saying what is wrong with a zip file."""
 
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,17 +11,17 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of `path` when the block ends without an error.
+    """A file to write to, which replaces `path` when the block ends without an error.
 
-    It is written beside `path`, flushed to disk and renamed: at every instant `path` is the old file or
-    the whole new one, also when the process is killed or the disk is full.
+    It is written beside `path`, flushed to disk and renamed: at any moment `path` is either the old file or the
+    complete new one, even if the process is killed or the disk is full.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
-            _sync(file)
+            _flush_to_disk(file)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # makes the rename itself durable
@@ -29,33 +30,45 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def _sync(file: BinaryIO) -> None:
-    """Wait until the disk has what was written."""
+def _flush_to_disk(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of writing `path`. Only for one who holds the folder's lock."""
+    """Remove the temporary files of killed processes that were writing `path`. Needs the folder's lock."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         leftover.unlink()
 
 
 def write_together(contents: dict[Path, bytes | memoryview]) -> None:
-    """Replace several files: all are on the disk before the first one takes its place. May raise OSError."""
+    """Replace several files, none of them before all are on the disk. May raise OSError."""
     with ExitStack() as files:
         for path, content in contents.items():
             file = files.enter_context(atomic_file(path))
             file.write(content)
-            _sync(file)
+            _flush_to_disk(file)
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Replace the file `path` by this text (UTF-8)."""
+    """Replace the file `path` by this text in UTF-8. May raise OSError."""
     write_together({Path(path): text.encode(errors="replace")})  # half a surrogate pair has no code
 
 
 def json_text(values: dict) -> str:
-    """The values as JSON; a float that is not finite becomes null, since JSON has no other word for it."""
+    """The values as JSON; NaN and infinity, which JSON lacks, become null."""
     finite = json.loads(json.dumps(values), parse_constant=lambda word: None)
     return json.dumps(finite, indent=2) + "\n"
+
+
+def zip_problem(path: Path, wanted: str) -> str:
+    """Why `path`, which should be a `wanted` (a format that is a zip archive), cannot be opened."""
+    with path.open("rb") as file:
+        start = file.read(64).lstrip()
+    if not start:
+        return f"empty file instead of a {wanted}"
+    if start.startswith(b"<"):
+        return f"web page instead of a {wanted}"
+    if not start.startswith(b"PK"):
+        return f"not a {wanted}"
+    return f"{'damaged' if zipfile.is_zipfile(path) else 'truncated'} {wanted}"

@@ -1,4 +1,4 @@
-"""Where a run computes: device, precision and the reason for the choice; speed and memory of the machine."""
+"""The device and precision of a run, and the speed and memory of the machine."""
 
 import platform
 import re
@@ -24,7 +24,7 @@ class Hardware:
     reason: str
 
     def autocast(self) -> AbstractContextManager:
-        """The context in which losses are computed; weights and loss stay float32."""
+        """The context in which to compute losses; weights and losses stay float32."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
@@ -44,36 +44,36 @@ class Hardware:
 
 
 def choose_hardware(requested: str = "auto") -> Hardware:
-    """The device asked for, or with 'auto' the first there is of cuda, mps and cpu.
+    """The requested device; 'auto' is the first available of cuda, mps and cpu.
 
-    Raises UserError for a device that this machine or PyTorch build does not have.
+    Raises UserError if this machine or PyTorch build does not have it.
     """
     known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", requested)
-    require(bool(known), f"device = '{requested}' is not known; give auto, cuda, mps or cpu")
+    require(bool(known), f"device = '{requested}' is unknown; use auto, cuda, mps or cpu")
     n_gpus, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     best = "cuda" if n_gpus else "mps" if has_mps else "cpu"
     device = torch.device(best if requested == "auto" else requested)
 
     if device.type == "cuda":
         there = (device.index or 0) < n_gpus
-        require(there, f"device = '{requested}', but PyTorch finds {n_gpus} CUDA GPUs here; give auto or cpu")
+        require(there, f"device = '{requested}', but PyTorch finds {n_gpus} CUDA GPUs here; use auto or cpu")
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Hardware(device, torch.bfloat16, True, "a CUDA GPU with bfloat16 products")
         return Hardware(device, torch.float32, True, "a CUDA GPU without bfloat16 products")
     if device.type == "mps":
-        require(has_mps, f"device = '{requested}', but PyTorch finds no Apple GPU here; give auto or cpu")
+        require(has_mps, f"device = '{requested}', but PyTorch finds no Apple GPU here; use auto or cpu")
         return Hardware(device, torch.float32, False, "an Apple GPU")
     choose_float32_products()
-    return Hardware(device, torch.float32, True, "asked for" if requested == "cpu" else "no GPU found")
+    return Hardware(device, torch.float32, True, "as requested" if requested == "cpu" else "no GPU found")
 
 
 def choose_float32_products() -> None:
-    """On a CPU with AVX-512, let oneDNN multiply float32 matrices, provided that its products are float32's.
+    """Let oneDNN multiply float32 matrices on CPUs with AVX-512, if its products are as exact as MKL's.
 
-    PyTorch asks oneDNN only where "medium" precision will do, and else MKL, which takes twice the time on
-    AMD's processors since it leaves AVX-512 unused there. "medium" also permits bfloat16 inside; processors
-    that have fast instructions for it (AMX) make use of that, and there MKL stays.
+    PyTorch uses oneDNN only if "medium" precision is allowed, and MKL otherwise, which takes twice the time on
+    AMD processors because it does not use AVX-512 there. "medium" also allows bfloat16 inside; on processors with
+    fast instructions for it (AMX), which use it, MKL stays.
     """
     torch.set_float32_matmul_precision("highest")
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
@@ -81,12 +81,12 @@ def choose_float32_products() -> None:
     a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
     torch.set_float32_matmul_precision("medium")
     rounding = (a @ b - a.double() @ b.double()).abs().max()
-    if rounding > 1e-2:  # a hundred times more than float32's, and a tenth of bfloat16's
+    if rounding > 1e-2:  # a hundred times that of float32, a tenth of that of bfloat16
         torch.set_float32_matmul_precision("highest")
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Most memory held so far, in MiB: of the GPU's tensors, or of the whole process on a CPU."""
+    """Peak memory in MiB: of the tensors on a GPU, or of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -94,23 +94,23 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def matrix_product_rate(hardware: Hardware, size: int = 2048) -> float:
-    """FLOPs per second of a square matrix product, median of 5: what this machine could do at best."""
+    """FLOPs per second of a square matrix product, median of 5: the best that this machine can do."""
     a = torch.randn(size, size, device=hardware.device, dtype=hardware.dtype)
-    # Reading one number of the product waits for the device.
+    # Reading one number of the product waits until the device is done.
     seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=6)
-    return 2 * size**3 / statistics.median(seconds[1:])  # the first one warms up
+    return 2 * size**3 / statistics.median(seconds[1:])  # the first is a warm-up
 
 
 def compile_forward(module: torch.nn.Module, device: torch.device) -> None:
-    """Compile what the module computes; the module itself, and so its state_dict, stays as it is.
+    """Compile the module in place; its state_dict keeps its keys.
 
-    Raises UserError where nothing can be compiled, such as on a CPU without a C++ compiler.
+    Raises UserError if nothing can be compiled, for example on a CPU without a C++ compiler.
     """
     try:
         torch.compile(torch.sin)(torch.ones(8, device=device))
-    except Exception as error:  # of whatever the device's compiler lacks
+    except Exception as error:  # depends on what the device's compiler lacks
         raise UserError(
-            f"compile = true, but nothing compiles here ({first_line(error)}); install a C++ compiler such as "
-            "g++, or give compile: false"
+            f"compile = true, but nothing compiles here ({first_line(error)}); install a C++ compiler "
+            "such as g++, or give compile: false"
         ) from None
     module.compile()

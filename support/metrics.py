@@ -1,4 +1,4 @@
-"""What a run measures: metrics.csv, a row per step, and the area under a ROC curve."""
+"""metrics.csv, one row per training step, and the area under a ROC curve."""
 
 import os
 from contextlib import suppress
@@ -12,47 +12,48 @@ COLUMNS = ("step", "tokens", "flops", "loss", "train-loss", "learning-rate")
 
 
 class MetricsLog:
-    """metrics.csv of one run. Rows reach the file at every step; a full disk only delays them."""
+    """metrics.csv of one run. Each row is written at once; while the disk is full, rows wait in memory."""
 
     def __init__(self, path: Path, start_step: int = 0):
-        """Begin the file, or keep its rows before start_step when a run is continued. May raise OSError."""
+        """Start the file, or keep its rows before start_step if a run is resumed. May raise OSError."""
         lines = path.read_text(errors="replace").splitlines(keepends=True) if start_step and path.exists() else []
         done = set(map(str, range(start_step)))
         kept = [line for line in lines if line.partition(",")[0] in done]
         write_atomically(path, ",".join(COLUMNS) + "\n" + "".join(kept))
-        self._file = path.open("ab", buffering=0)  # unbuffered: what write() took is in the file
+        self._file = path.open("ab", buffering=0)  # unbuffered: what was written is in the file
         self._pending = b""
 
     def append(self, *row: float) -> None:
-        """Add one row, in the order of COLUMNS. Floats are written so that they read back exactly."""
+        """Add one row in the order of COLUMNS, with floats that read back exactly."""
         self._pending += (",".join(map(str, row)) + "\n").encode()
-        with suppress(OSError):  # kept, and tried again with the next row; `sync` tells
+        with suppress(OSError):  # tried again with the next row; `sync` raises
             self._write_pending()
 
     def _write_pending(self) -> None:
-        while self._pending:  # a disk may take a part of a line and fail with the rest
+        while self._pending:  # a disk may take only a part of a line
             self._pending = self._pending[self._file.write(self._pending) :]
 
     def sync(self) -> None:
-        """Wait until all rows are on the disk. May raise OSError."""
+        """Flush all rows to the disk. May raise OSError."""
         self._write_pending()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """No more rows."""
+        """Close the file."""
         self._file.close()
 
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a metrics.csv by name."""
+    """The columns of a metrics.csv by name, one float per step."""
     rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
     return dict(zip(COLUMNS, np.array(rows, dtype=float).reshape(-1, len(COLUMNS)).T, strict=True))
 
 
 def area_under_roc(p: np.ndarray, labels: np.ndarray) -> float:
-    """The chance that a random positive has a larger p than a random negative, ties counting half.
+    """The probability that a random positive has a larger p than a random negative; ties count half.
 
-    NaN when one class is missing. This is the Mann-Whitney statistic (Hanley and McNeil 1982).
+    p and labels (0 or 1) have shape (N,). NaN if a class is missing. This is the Mann-Whitney statistic (Hanley
+    and McNeil 1982).
     """
     positive, negative = p[labels == 1], np.sort(p[labels == 0])
     if not (len(positive) and len(negative)):

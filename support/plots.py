@@ -14,21 +14,21 @@ INK, TRAIN, RATE, BAD, GOOD = "#333333", "#1f6fb2", "#d98c2b", "#c2513c", "#2f8f
 
 
 def never_fails(draw):
-    """Whatever keeps a picture from being drawn (no cache folder, no room, no matplotlib) is but a note."""
+    """Decorator: a figure that cannot be drawn (no disk space, no matplotlib) costs a note, not the run."""
 
     @wraps(draw)
     def drawn(*args) -> None:
         try:
             draw(*args)
         except Exception as error:
-            show_note(f"No {args[-1].name} could be drawn: {first_line(error)}")
+            show_note(f"Could not draw {args[-1].name}: {first_line(error)}")
 
     return drawn
 
 
 def _figure(width: float, height: float, n_rows: int = 1, **kwargs):
     from matplotlib import rc_context
-    from matplotlib.figure import Figure  # not pyplot, which would look for a screen
+    from matplotlib.figure import Figure  # not pyplot, which looks for a display
 
     style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK}
     with rc_context(style):
@@ -45,10 +45,10 @@ def _save(figure, path: Path) -> None:
 def plot_curve(
     metrics_csv: Path, val_loss: float, ln_vocab: float, unigram: float, title: str, path: Path
 ) -> None:
-    """Train loss with its two reference lines above, learning rate below, both over steps."""
+    """Plot the training loss with two reference lines (in nats), and the learning rate below it, over steps."""
     metrics = read_metrics(metrics_csv)
     if len(metrics["step"]) == 0:
-        raise ValueError("metrics.csv has no row: train() never called on_step")
+        raise ValueError("metrics.csv has no rows: train() never called on_step")
     figure, (above, below) = _figure(8, 6, n_rows=2, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     steps = metrics["step"]
     above.plot(steps, metrics["loss"], color=TRAIN, alpha=0.25, linewidth=0.8, label="each step")
@@ -69,7 +69,7 @@ def plot_curve(
 def plot_classification(
     p: np.ndarray, labels: np.ndarray, boundaries: dict[str, float], title: str, path: Path
 ) -> None:
-    """Histograms of p(positive) for the truly bad and good texts, with the decision boundaries."""
+    """Plot histograms of p(positive), (N,), for bad and good texts (labels 0 and 1), with decision boundaries."""
     figure, axes = _figure(8, 4.5)
     bins = np.linspace(p.min(), p.max() + 1e-6, 41)
     for label, name, colour in ((0, "bad", BAD), (1, "good", GOOD)):

@@ -1,4 +1,4 @@
-"""The prompts of generate.py: a JSON list of texts or of {"prefix": text}, or one of these a line."""
+"""The prompts of generate.py: JSON or JSON lines, each entry a string or an object like {"prefix": "…"}."""
 
 import json
 from pathlib import Path
@@ -9,24 +9,26 @@ BUNDLED = Path(__file__).resolve().parent.parent / "prefixs.json"
 
 
 def read_prefixes(path: str | None) -> list[str]:
-    """The prefixes in file order (None: the bundled prefixs.json). UserError names a bad entry's place."""
+    """The prefixes in file order (None: of prefixs.json). UserError names the entry or line that is wrong."""
     where = path = path or BUNDLED
-    entries = {}  # by place
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
-            entries = {f"{path}, entry {n}": entry for n, entry in enumerate(json.loads(text), start=1)}
+            entries = [(f"{path}, entry {n}", entry) for n, entry in enumerate(json.loads(text), start=1)]
         else:
+            entries = []
             for n, line in enumerate(text.splitlines(), start=1):
                 where = f"{path}, line {n}"
                 if line.strip():
-                    entries[where] = json.loads(line)
+                    entries.append((where, json.loads(line)))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a JSON list of texts") from None
+        raise UserError(f"{path}: {error.strerror}; give a JSON list of strings") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error}); give a list of texts, or one text a line") from None
-    require(bool(entries), f"{path}: holds no prefix; give a JSON list of texts")
-    prefixes = [entry.get("prefix") if isinstance(entry, dict) else entry for entry in entries.values()]
-    for where, prefix in zip(entries, prefixes, strict=True):
-        require(isinstance(prefix, str), f'{where}: neither a text nor {{"prefix": text}}; mend it')
+        raise UserError(f"{where}: invalid JSON ({error}); give a list of strings, or one per line") from None
+    require(bool(entries), f"{path}: contains no prefix; give a JSON list of strings")
+    prefixes = []
+    for where, entry in entries:
+        prefix = entry.get("prefix") if isinstance(entry, dict) else entry
+        require(isinstance(prefix, str), f'{where}: neither a string nor an object like {{"prefix": "…"}}')
+        prefixes.append(prefix)
     return prefixes

@@ -1,9 +1,9 @@
-"""Check a solution as the course will, and pack it.
+"""Check a solution as the course will, and put it into a zip file.
 
     python -m support.submit ANDREW_ID --checkpoint outputs/final/model.pt --report answers.pdf
 
-Prints `[OK]` or `[FAIL]` with a remedy for each thing the course asks for, and writes ANDREW_ID.zip into the
-current folder when all hold.
+Prints `[OK]`, or `[FAIL]` with a remedy, for each requirement of the course. If all are met, it writes
+ANDREW_ID.zip into the current folder.
 """
 
 import argparse
@@ -31,19 +31,19 @@ READY_MADE = {"Transformer", "TransformerEncoder", "TransformerEncoderLayer", "T
 READY_MADE |= {"TransformerDecoderLayer", "MultiheadAttention", "multi_head_attention_forward"}
 READY_MADE |= {"scaled_dot_product_attention", "flex_attention"}
 MOST_MEGABYTES, MOST_FLOPS = 100, 1e17
-# Of the weights in each model.pt that came with the package.
+# weights_sha256 of every model.pt that the package has shipped with
 SHIPPED_SHA256 = frozenset({"53f245caffcad129f6096b6c0b770a0c042802f64df5d37955e9a35d674eecfe"})
 
 
 def check_code(files: dict[str, Path]) -> str:
-    """The four files are there, hold Python, and import and use only what the assignment allows."""
-    files |= {name: ROOT / name for name in CODE}  # all of them, for --force
+    """The four files exist, are valid Python, and import and use only what the assignment allows."""
+    files |= {name: ROOT / name for name in CODE}  # all of them, also for --force
     for name in CODE:
         require(files[name].is_file(), f"{name} is missing; put it into {ROOT}")
         try:
             tree = ast.parse(files[name].read_text(encoding="utf-8"))
         except (SyntaxError, ValueError) as error:
-            raise UserError(f"{name} is not valid Python ({error}); mend it") from None
+            raise UserError(f"{name} is not valid Python ({error}); fix it") from None
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
         in_functions = {node for function in functions for node in ast.walk(function)}
         for node in ast.walk(tree):
@@ -53,35 +53,37 @@ def check_code(files: dict[str, Path]) -> str:
             for package in (path.partition(".")[0] or path for path in imported):
                 # Support code may be used by main(), which the course's tests do not call.
                 good = package in ALLOWED or (package == "support" and node in in_functions)
-                require(good, f"{where}, imports '{package}', which the assignment does not allow; do without")
+                require(good, f"{where}, imports '{package}', which the assignment does not allow; remove it")
             for word in READY_MADE.intersection([*names, getattr(node, "attr", ""), getattr(node, "id", "")]):
-                raise UserError(f"{where}, uses {word}; write it out of tensor operations")
+                raise UserError(f"{where}, uses {word}; write it with tensor operations")
     return f"{', '.join(CODE)}: allowed imports only, no ready-made layers"
 
 
 def check_alone(files: dict[str, Path]) -> str:
-    """The four files load and run in an empty folder that has only the tests beside them."""
+    """The four files load and run in a folder that has nothing else but the tests."""
     with tempfile.TemporaryDirectory() as folder:
-        os.mkdir(f"{folder}/tests")
         for name in CODE:
             shutil.copy(files[name], folder)
-        for name in ("conftest.py", "points.py", *(f"test_{name}" for name in CODE)):
-            shutil.copy(ROOT / "tests" / name, f"{folder}/tests")
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--points-json=points", "tests"]
+        others = shutil.ignore_patterns("package", "instructor", "__pycache__")
+        shutil.copytree(ROOT / "tests", f"{folder}/tests", ignore=others)
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        options = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
+        modules = ", ".join(name.removesuffix(".py") for name in CODE)
+        run = subprocess.run([sys.executable, "-c", f"import {modules}"], **options)
+        error = run.stderr.strip().rpartition("\n")[2]
+        require(run.returncode == 0, f"the files do not run alone ({error}); import nothing of your own from them")
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--points-json=points", "tests"]
+        run = subprocess.run(command, **options)
         points = Path(folder, "points")
         require(points.exists(), f"the tests did not run ({run.stdout.strip()[-200:]}); try pytest tests/")
         parts = json.loads(points.read_text(encoding="utf-8"))["tests"]
-    for part in parts:
-        require("could not be loaded" not in part["output"], f"{part['output']}; each file must work alone")
     got, full = (sum(part[key] for part in parts) for key in ("score", "max_score"))
     lost = [part["name"] for part in parts if part["score"] < part["max_score"]]
     return f"the files run alone: {got} of {full} points" + (f", lost: {', '.join(lost)}" if lost else "")
 
 
 def weights_sha256(model) -> str:
-    """Of the values alone: saving them again, or in another precision that holds them, leaves it as it is."""
+    """The sha256 of the values alone, whatever the file format, key prefixes and (wide enough) precision."""
     digest = hashlib.sha256()
     for _, tensor in sorted(model.state_dict().items()):
         digest.update(tensor.float().cpu().numpy().tobytes())
@@ -90,7 +92,7 @@ def weights_sha256(model) -> str:
 
 def check_checkpoint(files: dict[str, Path], named: str | None) -> str:
     """model.pt is the student's own, small enough, and loads with the config.yaml beside it."""
-    from support.checkpoint import find_checkpoint, load_trained_model  # these import model.py
+    from support.checkpoint import find_checkpoint, load_trained_model  # here, because these import model.py
 
     path = find_checkpoint(None, named)[0]
     files |= {"model.pt": path, "config.yaml": path.parent / "config.yaml"}
@@ -113,49 +115,49 @@ def check_checkpoint(files: dict[str, Path], named: str | None) -> str:
 
 
 def check_report(files: dict[str, Path], name: str, path: str | None) -> str:
-    """There is a PDF of the written answers: the one named, or the only one in the root and in report/."""
+    """There is a PDF of the written answers: the named one, or the only one in the root or report/."""
     found = [Path(path)] if path else sorted([*ROOT.glob("*.pdf"), *ROOT.glob("report/*.pdf")])
     remedy = "make it from report/template.tex, or name it with --report"
     require(len(found) <= 1, f"several PDFs ({', '.join(pdf.name for pdf in found)}); name one with --report")
     require(bool(found) and found[0].is_file(), f"{path or 'the PDF of your answers'} is missing; {remedy}")
-    require(found[0].read_bytes()[:5] == b"%PDF-", f"{found[0]} is no PDF; {remedy}")
+    require(found[0].read_bytes()[:5] == b"%PDF-", f"{found[0]} is not a PDF; {remedy}")
     files[name] = found[0]
     return f"{found[0]}: the written answers, packed as {name}"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print what holds and what does not, and write the zip file."""
+    """Print the checks and write the zip file."""
     parser = argparse.ArgumentParser(prog="python -m support.submit", description="Check and pack a solution.")
     parser.add_argument("andrew_id", metavar="ANDREW_ID", help="names the zip file")
     parser.add_argument("--checkpoint", help="your final model.pt (default: the newest in outputs/)")
     parser.add_argument("--report", metavar="PDF", help="your answers (default: the PDF here or in report/)")
-    parser.add_argument("--force", action="store_true", help="write the zip file whatever failed")
+    parser.add_argument("--force", action="store_true", help="write the zip file even if checks fail")
     args = parser.parse_args(argv)
     files, n_failed = {}, 0  # name in the zip file -> where it is
 
-    def holds(function, *arguments) -> bool:
+    def passes(check, *arguments) -> bool:
         nonlocal n_failed
         try:
-            print(f"[OK] {function(files, *arguments)}", flush=True)
+            print(f"[OK] {check(files, *arguments)}", flush=True)
             return True
-        except Exception as error:  # the student's code may raise anything, and the other checks shall run
-            print(f"[FAIL] {error if isinstance(error, UserError) else f'your code raised {error!r}; mend it'}")
+        except Exception as error:  # the student's code may raise anything
+            print(f"[FAIL] {error if isinstance(error, UserError) else f'your code raised {error!r}; fix it'}")
             n_failed += 1
             return False
 
     with exit_on_user_error():
-        require(bool(re.fullmatch("[a-z][a-z0-9]*", args.andrew_id)), f"'{args.andrew_id}' is no Andrew ID")
+        require(bool(re.fullmatch("[a-z][a-z0-9]*", args.andrew_id)), f"'{args.andrew_id}' is not an Andrew ID")
         heading(f"submit {args.andrew_id}")
-        if holds(check_code):
-            holds(check_alone)
-        holds(check_checkpoint, args.checkpoint)
-        holds(check_report, f"{args.andrew_id}.pdf", args.report)
-        require(not n_failed or args.force, f"{n_failed} checks failed; mend them, or pack with --force")
+        if passes(check_code):
+            passes(check_alone)
+        passes(check_checkpoint, args.checkpoint)
+        passes(check_report, f"{args.andrew_id}.pdf", args.report)
+        require(not n_failed or args.force, f"{n_failed} checks failed; fix them, or pack with --force")
         target = Path(f"{args.andrew_id}.zip")
         with atomic_file(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
             for name in filter(lambda name: files[name].is_file(), files):
                 archive.write(files[name], name)
-        verdict = f"WARNING: {n_failed} checks failed, packed nevertheless" if n_failed else "Ready to hand in"
+        verdict = f"WARNING: {n_failed} checks failed, packed anyway" if n_failed else "Ready to hand in"
         print("\n" + bold(f"{verdict}: {target}") + f" ({target.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -1,4 +1,4 @@
-"""From text to tokens: files are read, tokenised and split piece by piece, whatever their size."""
+"""From text to tokens: files of any size are read, tokenised and split in pieces."""
 
 import gzip
 import io
@@ -19,7 +19,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def read_pieces(path: Path) -> Iterator[tuple[str, bool]]:
-    """Pieces of text in file order, each with whether a document ends there; draws a progress bar."""
+    """(piece of text, whether a document ends with it) in file order; shows a progress bar."""
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         yield from ((record["text"], True) for _, record in read_jsonl(path, progress=True))
     else:
@@ -27,24 +27,24 @@ def read_pieces(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def read_jsonl(path: Path, progress: bool = False) -> Iterator[tuple[int, dict]]:
-    """(line number, object) for a .jsonl or .jsonl.gz; UserError names the line without a string `text`."""
+    """(line number, object) of a .jsonl or .jsonl.gz; UserError names a line without a string `text`."""
     for number, line in enumerate(_read_blocks(path, None, progress), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); write one object a line") from None
+            raise UserError(f"{path}, line {number}: invalid JSON ({error}); write one object per line") from None
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise UserError(f"{path}, line {number}: no string in the field 'text'; add it or drop the line")
+            raise UserError(f"{path}, line {number}: no string in the field 'text'; add it or remove the line")
         yield number, record
 
 
 def _read_text(path: Path) -> Iterator[tuple[str, bool]]:
-    """Documents are what stands between literal `<|endoftext|>`; long ones come in several pieces.
+    """Documents are separated by a literal `<|endoftext|>`; long ones come in several pieces.
 
-    A piece ends before a space or line break that follows another character, since no token of GPT-2's
-    pattern spans such a place: the tokens are those of the whole text.
+    A piece ends before a space or line break that follows another character. No token of GPT-2 spans such a
+    place, so the tokens are the same as those of the whole text.
     """
     rest = ""
     for block in _read_blocks(path, size=1 << 20):
@@ -58,7 +58,7 @@ def _read_text(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _read_blocks(path: Path, size: int | None, progress: bool = True) -> Iterator[str]:
-    """Lines, or blocks of `size` characters, of a UTF-8 file that may be compressed with gzip."""
+    """Lines, or blocks of `size` characters, of a UTF-8 file, which may be compressed with gzip."""
     hide = None if progress else True
     try:
         with (
@@ -77,7 +77,7 @@ def _read_blocks(path: Path, size: int | None, progress: bool = True) -> Iterato
 
 
 def tokenise(pieces: Iterable[tuple[str, bool]], tokenizer: Encoding, file: BinaryIO) -> Iterator[int]:
-    """Write the tokens to `file` as bare uint16, `<|endoftext|>` after each document; yield its length then."""
+    """Write the tokens to `file` as bare uint16, `<|endoftext|>` after each document; yield each one's length."""
     length = 0
     for text, document_ends in pieces:
         if length or not text.isspace():
@@ -91,11 +91,11 @@ def tokenise(pieces: Iterable[tuple[str, bool]], tokenizer: Encoding, file: Bina
 
 
 def split_held_out(lengths: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
-    """Which tokens of documents with these lengths are `train` and which `val`: (n, 2) starts and ends.
+    """Split documents of these lengths: the starts and ends, (n, 2), of the tokens in `train` and in `val`.
 
-    val gets 1% of the tokens but at least the smaller of 65,536 tokens and 10%. It gets whole documents, drawn
-    at random, first such as keep it below twice that amount, then below half of all tokens. Where those do not
-    make up the amount, as with a single text, it gets the end.
+    val gets 1% of the tokens, but at least 65,536 or 10%, whichever is smaller. It consists of whole random
+    documents that keep it below twice that amount or, failing that, below half of all tokens. If there are not
+    enough of these, as in a single text, it is the end of the text.
     """
     ends = np.cumsum(lengths)
     total = int(ends[-1])

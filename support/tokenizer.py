@@ -1,10 +1,10 @@
-"""GPT-2's byte-pair tokenizer from the bundled vocabulary: the same with and without a network.
+"""GPT-2's byte-pair tokenizer, from the bundled vocabulary; it needs no network.
 
     >>> get_tokenizer().encode_ordinary("Hello world")
     [15496, 995]
 
-Use `encode_ordinary` for text from outside: it reads a literal `<|endoftext|>` as plain characters,
-where `encode` raises.
+Use `encode_ordinary` for text from outside: it reads a literal `<|endoftext|>` as plain characters, for which
+`encode` raises an error.
 """
 
 import base64
@@ -23,19 +23,19 @@ VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838
 
 @lru_cache
 def get_tokenizer(name: str = "gpt2") -> tiktoken.Encoding:
-    """The encoding called `name`: 50,257 tokens, `eot_token` 50256. Only "gpt2" is bundled.
+    """The encoding called `name`, of which only "gpt2" is bundled: 50,257 tokens, `eot_token` 50256.
 
-    Raises UserError for another name, and for a vocabulary file that is missing or altered.
+    Raises UserError for another name, or if the vocabulary file is missing or altered.
     """
-    require(name == "gpt2", f"tokenizer_encoding '{name}' is not bundled with this package; give 'gpt2'")
+    require(name == "gpt2", f"tokenizer_encoding '{name}' is not bundled; use 'gpt2'")
     remedy = "restore it with `git checkout -- data/gpt2.tiktoken`"
     try:
         vocabulary = VOCABULARY.read_bytes()
     except OSError as error:
-        raise UserError(f"{VOCABULARY}: cannot be read ({error.strerror}); {remedy}") from None
-    # One altered line would shift token ids without any error, so the file is compared as a whole.
+        raise UserError(f"{VOCABULARY}: {error.strerror}; {remedy}") from None
+    # One altered line would shift token ids without any error.
     intact = hashlib.sha256(vocabulary).hexdigest() == VOCABULARY_SHA256
-    require(intact, f"{VOCABULARY}: not the published vocabulary (its sha256 differs); {remedy}")
+    require(intact, f"{VOCABULARY}: altered vocabulary (wrong sha256); {remedy}")
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, vocabulary.splitlines())}
     return tiktoken.Encoding(
         name="gpt2",

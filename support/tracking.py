@@ -1,4 +1,4 @@
-"""Weights & Biases, for those who use it: never a prompt, an account or a long wait for those who do not."""
+"""Weights & Biases, for those who use it; for those who do not, no prompt, no account and no waiting."""
 
 import dataclasses
 import netrc
@@ -11,21 +11,21 @@ from urllib.parse import urlparse
 
 import wandb
 
+from support.background import in_background
 from support.config import TrainingConfig
-from support.errors import in_background
 
 PATIENCE = 10  # seconds that a run waits for W&B to start or to end
 
 
 def start_tracking(config: TrainingConfig, run_id: str | None = None) -> str | None:
-    """Start a W&B run where the person is logged in or set WANDB_MODE; return its id, else run_id.
+    """Start a W&B run if the user is logged in or set WANDB_MODE; return its id, otherwise run_id.
 
-    run_id continues an earlier run. Whatever fails is one warning: the local metrics are complete.
+    run_id continues an earlier run. A failure is only a warning, because the local metrics are complete.
     """
     mode = os.environ.get("WANDB_MODE")
-    if mode == "disabled" or (mode != "offline" and not _logged_in()):  # wandb would prompt for a key
+    if mode == "disabled" or (mode != "offline" and not _logged_in()):  # otherwise wandb prompts for a key
         if mode == "online":
-            warnings.warn("W&B has no login (wandb login); metrics.csv has everything", stacklevel=2)
+            warnings.warn("not logged in to W&B (run wandb login); metrics.csv has everything", stacklevel=2)
         return run_id
 
     def start() -> None:
@@ -42,7 +42,7 @@ def start_tracking(config: TrainingConfig, run_id: str | None = None) -> str | N
 
 
 def _logged_in() -> bool:
-    """Whether `wandb login` was done on this machine; asks no network."""
+    """Whether `wandb login` was run on this machine; needs no network."""
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     with suppress(OSError, netrc.NetrcParseError):
         return "WANDB_API_KEY" in os.environ or host in netrc.netrc(os.environ.get("NETRC")).hosts
@@ -50,24 +50,24 @@ def _logged_in() -> bool:
 
 
 def finish_tracking(summary: dict | None) -> None:
-    """Send the results and end the W&B run, if there is one; without results it is marked as failed."""
+    """End the W&B run, if there is one, with these results; None marks it as failed."""
 
     def finish() -> None:
         wandb.run.summary.update(summary or {})
         wandb.finish(exit_code=int(summary is None))
 
     if wandb.run is not None:
-        _succeeds(finish, PATIENCE, "did not take all")
+        _succeeds(finish, PATIENCE, "did not finish")
 
 
 def _succeeds(action: Callable[[], None], seconds: float, failure: str) -> bool:
-    """Let the action run for so long at most. If it fails, warn and part from W&B."""
+    """Run the action for at most this long. If it fails, warn and stop using W&B."""
     try:
         in_background(action).result(seconds)
         return True
-    except Exception as error:  # offline, a wrong key, a full disk: none is worth a training run
+    except Exception as error:  # offline, a wrong key, a full disk: none of them may stop a training run
         reason = str(error) or "no answer in time"
-        warnings.warn(f"W&B {failure} ({reason}); the run's own folder has everything", stacklevel=3)
-        with suppress(Exception):  # left alone, its process would be waited for at exit, for minutes
+        warnings.warn(f"W&B {failure} ({reason}); metrics.csv has everything", stacklevel=3)
+        with suppress(Exception):  # otherwise Python waits at exit for its process, for minutes
             in_background(wandb.teardown).result(1)
         return False

@@ -57,7 +57,7 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address):
-        """A client that goes away is no fault of the server's."""
+        """Ignore clients that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -154,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *args):
-        """Quiet."""
+        """Print nothing."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The three commands end to end on a tiny model, the shipped files, and every mistake a person can make."""
+"""The three commands end to end on a tiny model, the shipped files, and every mistake in their input."""
 
 import json
 import shutil
@@ -216,7 +216,7 @@ BAD_YAML = {
     "missing key": (edit("batch_size: 4\n", ""), ["batch_size", "missing"]),
     "unknown key": (edit("batch_size", "batchsize"), ["batchsize", "batch_size"]),
     "unknown model key": (edit("n_layer", "n_layers"), ["model_config.n_layers", "n_layer"]),
-    "duplicate key": (COURSE_YAML + "batch_size: 5\n", ["batch_size", "twice", "line"]),
+    "duplicate key": (COURSE_YAML + "batch_size: 5\n", ["duplicate key 'batch_size'", "line"]),
     "mistyped": (edit("batch_size: 4", "batch_size: four"), ["batch_size", "four"]),
     "fraction": (edit("batch_size: 4", "batch_size: 4.5"), ["batch_size", "4.5"]),
     "bool": (edit("batch_size: 4", "batch_size: true"), ["batch_size", "True"]),

@@ -1,6 +1,5 @@
-"""Files from elsewhere: whatever is in them, a command ends in success or in one sentence with exit status 2."""
+"""Damaged and foreign files: a command either succeeds or ends with one sentence and exit status 2."""
 
-import collections
 import copy
 import io
 import math
@@ -49,7 +48,7 @@ def whole(original):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Where a checkpoint stands: its config.yaml, and a file of prefixes."""
+    """A folder for a checkpoint, with its config.yaml and a file of prefixes."""
     values = {**KEYS, "output_dir": str(tmp_path), "model_config": vars(SHAPE)}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "prefixes.json").write_text('["It is"]')
@@ -113,98 +112,51 @@ def with_changes(original, **changes) -> bytes:
     return to_bytes(state)
 
 
-def as_legacy(values) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(values, buffer, _use_new_zipfile_serialization=False)
-    return buffer.getvalue()
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    {
-        "empty": "empty",
-        "web page": "a web page",
-        "text": "foreign",
-        "truncated": "truncated",
-        "end only": "no PyTorch checkpoint|damaged",
-        "legacy": "bare pickle",
-        "bare pickle bomb": "bare pickle",
-        "pickle bomb": "plain tensors",
-        "bomb beside the weights": "plain tensors",
-        "whole model": "plain tensors",
-        "zip bomb": "declares",
-        "declared too small": "declares",
-        "another zip": "declares|plain tensors|damaged",
-        "an entry twice": "twice",
-        "list": "not a state dict",
-        "tensor": "not a state dict",
-        "wrong shape": r"'ln.weight' is float32 of shape \(9,\)",
-        "another model": "n_positions = 32",
-        "missing": "'ln.weight' is missing",
-        "unknown": "'extra' is unknown",
-        "NaN": "'ln.weight' holds values that are not finite",
-        "infinite": "'ln.bias' holds values that are not finite",
-        "infinite scale": "not finite",
-        "integers": "'ln.weight' is a Tensor of another kind",
-        "no tensor": "'ln.weight' is a str",
-        "sparse": "'ln.weight' is a Tensor of another kind",
-        "meta": "'ln.weight' is a Tensor of another kind",
-        "float8": "'ln.weight' is a Tensor of another kind",
-        "astronomic view": "'ln.weight' is float32 of shape",
-        "deflated": None,
-    }.items(),
-)
-def test_checkpoints(folder, capsys, original, whole, kind, words):
-    marker = folder / "code ran"
-    small = torch.ones(1)
-    contents = {
-        "empty": lambda: b"",
-        "web page": lambda: b"\n<!DOCTYPE html><title>404</title>" * 20,
-        "text": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-        "truncated": lambda: whole[: len(whole) // 2],
-        "end only": lambda: whole[len(whole) // 2 :],
-        "legacy": lambda: as_legacy(original.state_dict()),
-        "bare pickle bomb": lambda: pickle.dumps(Bomb(marker)),
-        "pickle bomb": lambda: zipped(
-            [(n, pickle.dumps(Bomb(marker)) if n.endswith("data.pkl") else c) for n, c in entries_of(whole)]
+def damaged_checkpoints(original, whole: bytes, marker: Path) -> dict[str, tuple[bytes, str]]:
+    """{kind of file: (its content, a regular expression for the error message)}."""
+    small, state = torch.ones(1), original.state_dict()
+    bomb_in_place = [
+        (n, pickle.dumps(Bomb(marker)) if n.endswith("data.pkl") else c) for n, c in entries_of(whole)
+    ]
+    zip_bomb = zipped([*entries_of(whole), ("archive/data/99", bytes(1 << 28))], zipfile.ZIP_DEFLATED)
+    page = b"\n<!DOCTYPE html><title>404</title>" * 20
+    return {
+        "empty": (b"", "empty file instead of a PyTorch checkpoint"),
+        "web page": (page, "web page instead of a PyTorch checkpoint"),
+        "text": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "not a PyTorch checkpoint"),
+        "truncated": (whole[: len(whole) // 2], "truncated PyTorch checkpoint"),
+        "end only": (whole[len(whole) // 2 :], "damaged"),
+        "bare pickle bomb": (pickle.dumps(Bomb(marker)), "not a PyTorch checkpoint"),
+        "pickle bomb": (zipped(bomb_in_place), "plain tensors"),
+        "bomb beside the weights": (with_changes(original, bomb=Bomb(marker)), "plain tensors"),
+        "whole model": (to_bytes({"model": original}), "plain tensors"),
+        "zip bomb": (zip_bomb, "but the configuration needs"),
+        "too small": (to_bytes({"ln.weight": small}), "but the configuration needs"),
+        "another zip": (zipped([("word/document.xml", os.urandom(len(whole)))]), "plain tensors"),
+        "list": (to_bytes(list(state.values())), "contains a list, not a state dict"),
+        "wrong shape": (with_changes(original, ln__weight=torch.ones(9)), "size mismatch for ln.weight"),
+        "another model": (to_bytes(DecoderLM(V, 8, 2, 32, 1).state_dict()), "n_positions = 32"),
+        "missing": (to_bytes({k: t for k, t in state.items() if k != "ln.weight"}), 'Missing .*"ln.weight"'),
+        "unknown": (with_changes(original, extra=small), 'Unexpected .*"extra"'),
+        "NaN": (with_changes(original, ln__weight=lambda t: t * math.nan), "'ln.weight' has values .* not finite"),
+        "infinite": (
+            with_changes(original, ln__bias=lambda t: t - math.inf),
+            "'ln.bias' has values .* not finite",
         ),
-        "bomb beside the weights": lambda: with_changes(original, bomb=Bomb(marker)),
-        "whole model": lambda: to_bytes({"model": original}),
-        "zip bomb": lambda: zipped(
-            [*entries_of(whole), ("archive/data/99", bytes(1 << 28))], zipfile.ZIP_DEFLATED
-        ),
-        "declared too small": lambda: to_bytes({"ln.weight": small}),
-        "another zip": lambda: zipped([("word/document.xml", os.urandom(len(whole)))]),
-        "an entry twice": lambda: zipped([*entries_of(whole), entries_of(whole)[1]]),
-        "list": lambda: to_bytes([t for t in original.state_dict().values()]),
-        "tensor": lambda: to_bytes(original.token_embeddings.weight.detach()),
-        "wrong shape": lambda: with_changes(original, ln__weight=torch.ones(9)),
-        "another model": lambda: to_bytes(DecoderLM(V, 8, 2, 32, 1).state_dict()),
-        "missing": lambda: to_bytes({k: t for k, t in original.state_dict().items() if k != "ln.weight"}),
-        "unknown": lambda: with_changes(original, extra=small),
-        "NaN": lambda: with_changes(original, ln__weight=lambda t: t * math.nan),
-        "infinite": lambda: with_changes(original, ln__bias=lambda t: t - math.inf),
-        "infinite scale": lambda: with_changes(original, blocks__0__mha__scale_factor=torch.tensor(math.inf)),
-        "integers": lambda: with_changes(original, ln__weight=lambda t: t.long()),
-        "no tensor": lambda: with_changes(original, ln__weight="ones"),
-        "sparse": lambda: with_changes(original, ln__weight=lambda t: t.to_sparse()),
-        "meta": lambda: with_changes(original, ln__weight=lambda t: t.to("meta")),
-        "float8": lambda: with_changes(original, ln__weight=lambda t: t.to(torch.float8_e5m2)),
-        "astronomic view": lambda: with_changes(original, ln__weight=small.expand(1 << 50)),
-        "deflated": lambda: zipped(entries_of(whole), zipfile.ZIP_DEFLATED),
+        "no tensor": (with_changes(original, ln__weight="ones"), "not a checkpoint of this model .*ln.weight"),
     }
-    (folder / "model.pt").write_bytes(contents[kind]())
-    status = generate_from(folder)
-    error = capsys.readouterr().err
-    if words is None:
-        assert status == 0, error
-        return
-    assert status == 2, error
-    assert error.startswith("error: ") and error.count("\n") == 1 and str(folder / "model.pt") in error, error
-    assert re.search(words, error), f"expected the sentence to say {words!r}: {error}"
-    assert not marker.exists(), "code from the file ran"
-    assert not (folder / "generation.jsonl").exists()
+
+
+def test_damaged_and_foreign_checkpoints(folder, capsys, original, whole):
+    marker = folder / "code ran"
+    for kind, (content, words) in damaged_checkpoints(original, whole, marker).items():
+        (folder / "model.pt").write_bytes(content)
+        assert generate_from(folder) == 2, kind
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {folder / 'model.pt'}: ") and error.count("\n") == 1, error
+        assert re.search(words, error), f"{kind}: expected {words!r} in: {error}"
+        assert not marker.exists(), f"{kind}: code from the file ran"
+        assert not (folder / "generation.jsonl").exists()
 
 
 def test_the_bomb_would_have_gone_off(tmp_path):
@@ -219,7 +171,7 @@ def test_configuration_far_larger_than_its_checkpoint(folder, capsys, whole):
         values["model_config"] = {**vars(SHAPE), **change}
         (folder / "config.yaml").write_text(yaml.safe_dump(values))
         assert generate_from(folder) == 2
-        assert "its configuration needs" in capsys.readouterr().err
+        assert "but the configuration needs" in capsys.readouterr().err
 
 
 # --- checkpoints that load -------------------------------------------------------------------------------
@@ -273,13 +225,10 @@ def interrupted(tmp_path, monkeypatch, capsys):
     return tiny, torch.load(tiny.state, weights_only=True)
 
 
-def test_hostile_training_states(interrupted, capsys):
+def test_damaged_and_foreign_training_states(interrupted, capsys):
     tiny, values = interrupted
     marker = tiny.out / "code ran"
     good = tiny.state.read_bytes()
-    nested = []
-    for _ in range(60):  # 2^60 elements, were anybody to print it
-        nested = [nested, nested]
 
     def changed(*keys, to):
         copied = copy.deepcopy(values)
@@ -289,29 +238,16 @@ def test_hostile_training_states(interrupted, capsys):
         inner[keys[-1]] = to
         return to_bytes(copied)
 
-    moments = {"step": torch.tensor(2.0), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
     contents = {
         "truncated": good[:-1000],
         "empty": b"",
         "a model.pt": to_bytes(values["model"]),
         "bomb": changed("bomb", to=Bomb(marker)),
         "bare bomb": pickle.dumps(Bomb(marker)),
-        "no config": changed("config", to=None),
-        "config of lists": changed("config", "max_lr", to=nested),
         "no progress": changed("progress", to={}),
-        "step of text": changed("progress", "step", to="two"),
-        "step -1": changed("progress", "step", to=-1),
         "step beyond the end": changed("progress", "step", to=10**9),
-        "losses": changed("progress", "losses", to=[None]),
-        "wandb": changed("progress", "wandb_id", to=nested),
-        "random": changed("random", 0, "torch", to=torch.zeros(5, dtype=torch.uint8)),
-        "random of zeros": changed("random", 0, "torch", to=torch.zeros(5056, dtype=torch.uint8)),
-        "numpy": changed("random", 0, "numpy", to=[1, 2]),
-        "weights missing": changed("model", "ln.weight", to=None),
         "weights NaN": changed("model", "ln.weight", to=torch.full((8,), math.nan)),
-        "no moments": changed("optimizer", "state", to={}),
-        "moments of other shape": changed("optimizer", "state", 0, to=moments),
-        "no optimizer": changed("optimizer", to=collections.OrderedDict()),
+        "no optimizer": changed("optimizer", to={}),
         "too large": changed("more", to=torch.zeros(1 << 25)),
     }
     for kind, content in contents.items():
@@ -408,7 +344,7 @@ def try_mutated_yaml(tmp_path, capsys, times: int, draw: random.Random) -> int:
         except UserError as error:
             assert "\n" not in str(error)
         else:
-            # A larger run is no mistake, only long: a test has no time for it.
+            # A larger run is valid, but takes too long for a test.
             sizes = [
                 (c.batch_size * c.seq_len * c.grad_accumulation_steps, *vars(c.model_config).values())
                 for c in (config, usual)

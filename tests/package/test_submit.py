@@ -81,12 +81,12 @@ FAULTS = {
     "ready-made, imported": (edit("model.py", "from torch import nn\n", "from torch import nn\nfrom torch.nn import TransformerDecoder\n"), "uses TransformerDecoder"),
     "no checkpoint": (lambda root: (root / "model.pt").unlink(), "model.pt: no such checkpoint"),
     "no configuration": (lambda root: (root / "config.yaml").unlink(), "config.yaml is missing; copy it"),
-    "a foreign checkpoint": (put("model.pt", b"<html>"), "no PyTorch checkpoint but a web page"),
+    "a foreign checkpoint": (put("model.pt", b"<html>"), "web page instead of a PyTorch checkpoint"),
     "another model's configuration": (edit("config.yaml", "n_embd: 8", "n_embd: 16"), "n_embd = 8"),
     "too much training": (edit("config.yaml", "num_training_steps: 6", "num_training_steps: 6000000000"), "more than the 1e17 allowed"),
     "no answers": (lambda root: (root / "report" / "answers.pdf").unlink(), "the PDF of your answers is missing"),
     "two PDFs": (put("notes.pdf", b"%PDF-"), "several PDFs"),
-    "answers that are no PDF": (put("report/answers.pdf", b"hello"), "is no PDF"),
+    "answers that are no PDF": (put("report/answers.pdf", b"hello"), "is not a PDF"),
 }
 # fmt: on
 
@@ -98,7 +98,7 @@ def test_a_fault_is_named_and_nothing_is_packed(solution, capsys, fault):
     status, printed = outcome(capsys)
     failed = [line for line in printed.splitlines() if line.startswith("[FAIL]")]
     assert len(failed) == 1 and sentence in failed[0], printed
-    assert status == 2 and "1 checks failed; mend them, or pack with --force" in printed
+    assert status == 2 and "1 checks failed; fix them, or pack with --force" in printed
     assert not Path("ada.zip").exists()
 
 
@@ -151,7 +151,7 @@ def test_code_that_raises_fails_its_check_only(solution, capsys, monkeypatch):
 def test_an_andrew_id_is_a_plain_name(name, capsys):
     with pytest.raises(SystemExit) as stop:
         submit.main([name])
-    assert stop.value.code == 2 and "no Andrew ID" in capsys.readouterr().err
+    assert stop.value.code == 2 and "not an Andrew ID" in capsys.readouterr().err
 
 
 class TestAlone:
@@ -168,5 +168,5 @@ class TestAlone:
         for name in submit.CODE:
             shutil.copyfile(ROOT / name, tmp_path / name)
         edit("model.py", "import math\n", "import math\nimport my_helpers\n")(tmp_path)
-        with pytest.raises(submit.UserError, match=r"test_model\.py could not be loaded: .*my_helpers"):
+        with pytest.raises(submit.UserError, match=r"the files do not run alone .*my_helpers"):
             submit.check_alone({name: tmp_path / name for name in submit.CODE})

@@ -52,7 +52,7 @@ class TinyRun:
         return 0
 
     def command(self, *arguments: str) -> list[str]:
-        """The command as a person types it."""
+        """The command line that a user types."""
         return [sys.executable, str(ROOT / "train.py"), str(self.config), *arguments]
 
     def process(self, *arguments: str):
@@ -102,7 +102,7 @@ def leave_out_what_is_slow(patch) -> None:
 
 
 def wait_until(condition, seconds: float = 120) -> None:
-    """Poll until the condition holds; fail after the given time."""
+    """Poll until the condition is true; fail after the given time."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
