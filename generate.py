@@ -9,9 +9,7 @@ model can read (n_positions).
 """
 
 import argparse
-import json
-import math
-import time
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -19,50 +17,58 @@ from tqdm import tqdm
 
 from model import DecoderLM
 
-# --- From logits to a token ---
-
 
 def softmax_with_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Probabilities softmax(logits / temperature): (B, V) -> (B, V).
 
-    Below 1 the likely tokens gain, above 1 the unlikely ones. At 0 all mass is on the arg max (greedy
-    decoding), the limit for small temperatures. Raises ValueError when it is negative or NaN.
+    Temperatures below 1 favour likely tokens, above 1 unlikely ones. At 0, the limit of small temperatures,
+    all mass is on the arg max. Raises ValueError if the temperature is negative or NaN.
     """
     if not temperature >= 0:
         raise ValueError(f"temperature = {temperature} must be 0 or more")
     if temperature <= torch.finfo(logits.dtype).tiny:  # would divide by zero
         return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits.dtype)
-    # The maximum is taken off first: divided by a small temperature it would overflow.
+    # Subtract the maximum first: divided by a small temperature, it would overflow.
     return F.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
 
 
 def keep_likely(probs: torch.Tensor, top_k: int | None = None, top_p: float | None = None) -> torch.Tensor:
-    """Set the tail of the distribution to zero: (B, V) -> (B, V), no longer summing to one.
+    """Set the tail of the distribution to zero: (B, V) -> (B, V), which no longer sums to one.
 
-    top_k keeps the k likeliest tokens (Fan et al. 2018, "Hierarchical Neural Story Generation"); top_p,
-    nucleus sampling, the fewest likeliest tokens whose mass reaches p (Holtzman et al. 2020, "The Curious
-    Case of Neural Text Degeneration"). Given both, a token has to pass both.
+    top_k keeps the k likeliest tokens (Fan et al. 2018, "Hierarchical Neural Story Generation"); top_p, or
+    nucleus sampling, keeps the fewest likeliest tokens with total probability p or more (Holtzman et al.
+    2020, "The Curious Case of Neural Text Degeneration"). With both, a token has to pass both.
     """
-    if top_k is not None or top_p is not None:
-        ordered, tokens = probs.sort(dim=-1, descending=True)
+    ordered, tokens = probs.sort(dim=-1, descending=True)
+    if top_p is not None and top_p < 1:  # rounding lets the cumulative sum exceed 1
         mass_before = ordered.cumsum(dim=-1) - ordered
-        if top_p is not None:
-            ordered = ordered.masked_fill(mass_before >= top_p, 0.0)
-        if top_k is not None:
-            ordered[:, top_k:] = 0.0
-        probs = torch.zeros_like(probs).scatter(-1, tokens, ordered)
-    return probs
+        ordered = ordered.masked_fill(mass_before >= top_p, 0.0)
+    if top_k is not None:
+        ordered[:, top_k:] = 0.0
+    return torch.zeros_like(probs).scatter(-1, tokens, ordered)
 
 
-# --- Decoding ---
+def sample_next_token(
+    logits: torch.Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> torch.Tensor:
+    """Draw the next token of each row from torch's global generator: logits (B, V) -> ids (B,).
+
+    Temperature 0 takes the likeliest token.
+    """
+    probs = softmax_with_temperature(logits, temperature)
+    if temperature == 0:
+        return probs.argmax(dim=-1)
+    if top_k is not None or top_p is not None:
+        probs = keep_likely(probs, top_k, top_p)
+    return torch.multinomial(probs, 1).squeeze(-1)
 
 
 def left_pad(
     rows: list[list[int]], pad_token: int, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of token ids, padded on the left to one length: (B, S) ids, (B, S) mask with 1.0 = real token.
+    """Pad rows of token ids on the left: (B, S) ids and (B, S) mask with 1.0 = real token.
 
-    On the left, so that the last column is the last token of every row: its logits are those of the next.
+    On the left, so that the last column holds the last token of every row, which predicts the next one.
     """
     S = max(map(len, rows))
     input_ids = torch.tensor([[pad_token] * (S - len(row)) + row for row in rows], device=device)
@@ -71,8 +77,50 @@ def left_pad(
 
 
 def encode_prompt(tokenizer, text: str, n_positions: int) -> list[int]:
-    """The last P tokens of the text; `<|endoftext|>`, the start of a document, when it is empty."""
+    """The last P tokens of the text; for an empty one `<|endoftext|>`, which starts a document."""
     return tokenizer.encode_ordinary(text)[-n_positions:] or [tokenizer.eot_token]
+
+
+@contextmanager
+def inference(model: torch.nn.Module):
+    """Put the model in evaluation and inference mode inside the block; every module's mode is restored."""
+    training_modules = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training_modules:
+            module.training = True
+
+
+class CachedDecoder:
+    """Runs a DecoderLM on a growing sequence, computing the keys and values of each token only once.
+
+    In a causal model they do not change when tokens are appended, so a step reads only the new tokens.
+    """
+
+    def __init__(self, model: DecoderLM):
+        self.model = model
+        self.n_read = 0
+        self.cache = [None] * len(model.blocks)  # per block: kT (B, H, HD, n_read), v (B, H, n_read, HD)
+
+    def next_token_logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return `model(input_ids, attention_mask)[:, -1]`: (B, S) -> (B, V).
+
+        input_ids must start with the tokens of the previous call.
+        """
+        x = self.model.embed(input_ids, attention_mask)[:, self.n_read :]  # (B, S_new, D)
+        self.n_read = input_ids.shape[1]
+        for i, block in enumerate(self.model.blocks):
+            q, kT, v = block.mha.q_kT_v(block.ln_1(x))
+            if self.cache[i] is not None:
+                kT = torch.cat([self.cache[i][0], kT], dim=3)
+                v = torch.cat([self.cache[i][1], v], dim=2)
+            self.cache[i] = kT, v
+            x = x + block.mha.projection(block.mha.self_attention(q, kT, v, attention_mask))
+            x = x + block.ff(block.ln_2(x))
+        return self.model.token_logits(self.model.ln(x[:, -1:]))[:, 0]
 
 
 def generate(
@@ -87,123 +135,70 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> list[str]:
-    """Continue each prefix by up to max_new_tokens tokens; return the continuations alone, in order.
+    """Continue each prefix by up to max_new_tokens tokens; return the continuations only, in order.
 
-    Every new token depends on exactly the last P tokens, or on all while they are fewer. A row ends at
-    `<|endoftext|>`, which is not part of its text. Tokens are drawn from torch's global generator;
-    temperature 0 takes the likeliest. `tokenizer` is a tiktoken.Encoding.
+    Each new token depends on exactly the last P tokens, or on all while there are fewer. A row ends at
+    `<|endoftext|>`, which is not part of its text. Temperature 0 is greedy; otherwise tokens are drawn from
+    torch's global generator. `tokenizer` is a tiktoken.Encoding.
     """
     n_positions = model.position_embeddings.num_embeddings
+    eot_token = tokenizer.eot_token
     prompts = [encode_prompt(tokenizer, prefix, n_positions) for prefix in prefixes]
-
-    def next_tokens(logits: torch.Tensor) -> torch.Tensor:  # (B, V) -> (B,)
-        probs = keep_likely(softmax_with_temperature(logits, temperature), top_k, top_p)
-        return probs.argmax(dim=-1) if temperature == 0 else torch.multinomial(probs, 1).squeeze(-1)
-
-    was_training = model.training
-    model.eval()
-    continuations = []
-    try:
-        with torch.inference_mode():
-            for start in tqdm(range(0, len(prompts), batch_size), "generate", leave=False, disable=None):
-                batch = left_pad(prompts[start : start + batch_size], tokenizer.eot_token, device)
-                continuations += _continue_batch(model, *batch, next_tokens, max_new_tokens, tokenizer.eot_token)
-    finally:
-        model.train(was_training)
-    return [tokenizer.decode(tokens) for tokens in continuations]
-
-
-def _continue_batch(model, input_ids, mask, next_tokens, max_new_tokens, eot_token) -> list[list[int]]:
-    """The new tokens of each row of one left-padded batch: input_ids (B, S), mask (B, S).
-
-    Keys and values of earlier tokens are cached, so that a step reads one token. That holds until the window
-    of P tokens is full: positions are absolute and learned, so when the window slides, every token in it gets
-    another position, and with it other keys and values. Each step from there on reads the whole window.
-    """
-    prompt_len = input_ids.shape[1]
-    continuations = [[] for _ in input_ids]
-    going = torch.arange(len(input_ids), device=input_ids.device)  # the rows of the batch not yet ended
-    n_positions = model.position_embeddings.num_embeddings
-    caches = model.kv_caches() if hasattr(model, "kv_caches") else []
-    padded = not mask.all()
-
-    for _ in range(max_new_tokens):
-        if caches and input_ids.shape[1] <= n_positions:
-            new_ids = input_ids[:, caches[0].length :]
-            logits = model.next_token_logits(new_ids, mask if padded else None, caches=caches)
-        else:
-            logits = last_logits(model, input_ids[:, -n_positions:], mask[:, -n_positions:])
-        tokens = next_tokens(logits)[:, None]
-        input_ids = torch.cat([input_ids, tokens], dim=1)
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-
-        ended = (tokens == eot_token).squeeze(1)
-        if ended.any():  # they leave the batch, and cost no more
-            for row, ids in zip(going[ended].tolist(), input_ids[ended].tolist(), strict=True):
-                continuations[row] = ids[prompt_len:-1]
-            going, input_ids, mask = going[~ended], input_ids[~ended], mask[~ended]
-            for cache in caches:
-                cache.keep_rows(~ended)
-            if len(going) == 0:
-                break
-    for row, ids in zip(going.tolist(), input_ids.tolist(), strict=True):
-        continuations[row] = ids[prompt_len:]
-    return continuations
-
-
-def last_logits(model: DecoderLM, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`model(input_ids, mask)[:, -1]`, of the last position alone where the model can: (B, S) -> (B, V)."""
-    if hasattr(model, "next_token_logits"):
-        return model.next_token_logits(input_ids, mask)
-    return model(input_ids, mask)[:, -1]
-
-
-# --- Command ---
+    texts = []
+    with inference(model):
+        for start in tqdm(range(0, len(prompts), batch_size), "generate", leave=False, disable=None):
+            input_ids, mask = left_pad(prompts[start : start + batch_size], eot_token, device)
+            n_prompt = input_ids.shape[1]
+            decoder = CachedDecoder(model)
+            ended = torch.zeros(len(input_ids), dtype=torch.bool, device=device)
+            for _ in range(max_new_tokens):
+                if input_ids.shape[1] > n_positions:  # the window slides: every token gets a new position
+                    decoder = CachedDecoder(model)
+                logits = decoder.next_token_logits(input_ids[:, -n_positions:], mask[:, -n_positions:])
+                tokens = sample_next_token(logits, temperature, top_k, top_p)
+                input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+                ended |= tokens == eot_token
+                if ended.all():
+                    break
+            for row in input_ids[:, n_prompt:].tolist():
+                texts.append(tokenizer.decode(row[: row.index(eot_token)] if eot_token in row else row))
+    return texts
 
 
 def main(argv: list[str] | None = None) -> None:
     """Continue the prefixes of a file, print the texts and write generation.jsonl beside the checkpoint."""
+    from support.arguments import positive_int, probability_mass, temperature
+    from support.checkpoint import load_trained_model
+    from support.errors import exit_on_user_error
+    from support.generation import report_texts, show_generation_header
+    from support.prefixes import read_prefixes
+
     parser = argparse.ArgumentParser(description="Continue prompts with a trained language model.")
-    parser.add_argument("--prefixes", default=None, help="JSON list or JSON lines (default: prefixs.json)")
+    parser.add_argument("--prefixes", help="JSON list or JSON lines (default: prefixs.json)")
     parser.add_argument("--config", help="training YAML of the model; it is then <output_dir>/model.pt")
     parser.add_argument("--checkpoint", help="model.pt to use (default: the newest in outputs/)")
-    parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="(default: 32)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 = greedy (default)")
-    parser.add_argument("--top_k", type=int, metavar="K", help="sample from the K likeliest tokens only")
-    parser.add_argument("--top_p", type=float, metavar="P", help="sample from the likeliest tokens of mass P")
+    parser.add_argument("--max_new_tokens", type=positive_int, default=32, metavar="N", help="(default: 32)")
+    parser.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="0 = greedy (default)")
+    parser.add_argument("--top_k", type=positive_int, metavar="K", help="sample from the K likeliest tokens only")
+    parser.add_argument(
+        "--top_p", type=probability_mass, metavar="P", help="sample from the likeliest tokens of mass P"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="texts per prefix (default: 1)")
-    parser.add_argument("--batch_size", type=int, default=8, metavar="B", help="prompts at once (default: 8)")
+    parser.add_argument(
+        "--num_samples", type=positive_int, default=1, metavar="N", help="texts per prefix (default: 1)"
+    )
+    parser.add_argument(
+        "--batch_size", type=positive_int, default=8, metavar="B", help="prompts at once (default: 8)"
+    )
     args = parser.parse_args(argv)
 
-    from support.checkpoint import load_trained_model
-    from support.errors import exit_on_user_error, require
-    from support.files import write_atomically
-    from support.prefixes import read_prefixes
-    from support.screen import heading, next_commands, show_facts, show_text
-
     with exit_on_user_error():
-        require(args.max_new_tokens >= 1, f"--max_new_tokens {args.max_new_tokens}: give 1 or more")
-        require(0 <= args.temperature < math.inf, f"--temperature {args.temperature}: give 0 (greedy) or more")
-        require(args.top_k is None or args.top_k >= 1, f"--top_k {args.top_k}: give 1 or more")
-        require(args.top_p is None or 0 < args.top_p <= 1, f"--top_p {args.top_p}: give more than 0, at most 1")
-        require(args.num_samples >= 1, f"--num_samples {args.num_samples}: give 1 or more")
-        require(args.batch_size >= 1, f"--batch_size {args.batch_size}: give 1 or more")
-        prefixes = read_prefixes(args.prefixes)
+        prompts = [prefix for prefix in read_prefixes(args.prefixes) for _ in range(args.num_samples)]
         trained = load_trained_model(args.config, args.checkpoint)
+        show_generation_header(trained, args)
 
-        heading("generate")
-        sampling = "greedy (temperature 0)" if args.temperature == 0 else f"temperature {args.temperature:g}"
-        limits = [f"{name} {value:g}" for name in ("top_k", "top_p") if (value := getattr(args, name))]
-        seed = [f"seed {args.seed}"] if args.temperature > 0 else []
-        sampling = ", ".join([sampling, *limits, *seed, f"up to {args.max_new_tokens} new tokens"])
-        show_facts({**trained.facts(), "sampling": sampling})
-
-        if trained.device.type == "cpu":  # one row at a time: what support/hardware.py chose for many is slower
-            torch.set_float32_matmul_precision("highest")
         torch.manual_seed(args.seed)
-        started = time.perf_counter()
-        prompts = [prefix for prefix in prefixes for _ in range(args.num_samples)]
         texts = generate(
             trained.model,
             trained.device,
@@ -215,16 +210,7 @@ def main(argv: list[str] | None = None) -> None:
             top_k=args.top_k,
             top_p=args.top_p,
         )
-        seconds = time.perf_counter() - started
-
-        for prompt, text in zip(prompts, texts, strict=True):
-            show_text(prompt, text)
-        path = trained.folder / "generation.jsonl"
-        pairs = zip(prompts, texts, strict=True)
-        lines = [json.dumps({"prefix": p, "generation": g}, ensure_ascii=False) + "\n" for p, g in pairs]
-        write_atomically(path, "".join(lines))
-        print(f"{len(texts)} texts in {seconds:.1f} s, written to {path}")
-        next_commands(f"python generate.py --checkpoint {trained.path} --temperature 0.8")
+        report_texts(trained, prompts, texts)
 
 
 if __name__ == "__main__":

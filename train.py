@@ -121,13 +121,12 @@ class StepResult(NamedTuple):
 
 
 def log_to_wandb(result: StepResult) -> None:
-    """Log one step to the active W&B run, if there is one. A failure is a warning: training goes on."""
-    if wandb.run is None:
-        return
-    try:
-        wandb.log({"train-loss": result.train_loss, "learning-rate": result.learning_rate}, step=result.step)
-    except Exception as error:
-        warnings.warn(f"W&B could not log step {result.step} ({error})", stacklevel=2)
+    """Log one step to the active W&B run, if there is one. If that fails, warn and keep training."""
+    if wandb.run is not None:
+        try:
+            wandb.log({"train-loss": result.train_loss, "learning-rate": result.learning_rate}, step=result.step)
+        except Exception as error:
+            warnings.warn(f"W&B could not log a step ({error})", stacklevel=2)
 
 
 def train(
@@ -177,10 +176,8 @@ def train(
         # The one place where a step waits for the device.
         step_loss, grad_norm = torch.stack([torch.stack(losses).mean(), grad_norm]).tolist()
         if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):
-            raise FloatingPointError(
-                f"at step {step} (learning rate {learning_rate:.3g}) the loss is {step_loss:.4g} "
-                f"and the norm of its gradient {grad_norm:.4g}"
-            )
+            where = f"step {step} (learning rate {learning_rate:.3g})"
+            raise FloatingPointError(f"loss {step_loss:.4g} and gradient norm {grad_norm:.4g} at {where}")
         optimizer.step()
 
         recent_losses.append(step_loss)

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,7 @@ class TrainedModel:
     hardware: Hardware
     path: Path
     how_found: str
+    loaded_at: float  # time.perf_counter() when it was ready
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +162,8 @@ def load_trained_model(config_path: str | None, checkpoint: str | None) -> Train
     loaded = _load_plausible(path, config.model_config, tokenizer.n_vocab)
     model = DecoderLM(tokenizer.n_vocab, **vars(config.model_config))
     _fill(model, loaded, path, config.model_config)
-    return TrainedModel(model.to(hardware.device).eval(), config, tokenizer, hardware, path, how_found)
+    model = model.to(hardware.device).eval()
+    return TrainedModel(model, config, tokenizer, hardware, path, how_found, time.perf_counter())
 
 
 def find_checkpoint(config_path: str | None, checkpoint: str | None) -> tuple[Path, str]:

@@ -44,12 +44,14 @@ class RunFacts:
 
     def speed(self, seconds_per_step: float) -> str:
         """Tokens and FLOPs per second, and the share of what the devices could do."""
+        tokens_per_second = self.setup.tokens_per_step / seconds_per_step
         flops_per_second = self.flops_per_step / seconds_per_step
         n = self.setup.world.size
+        device = f"{n} devices'" if n > 1 else "this device's"
+        share = flops_per_second / self.peak_flops_per_second
         return (
-            f"{self.setup.tokens_per_step / seconds_per_step:,.0f} tokens/s, {flops_per_second / 1e12:.3f} TFLOPS: "
-            f"{flops_per_second / self.peak_flops_per_second:.0%} of "
-            f"{f'{n} times ' if n > 1 else ''}this device's matrix-product rate"
+            f"{tokens_per_second:,.0f} tokens/s, {flops_per_second / 1e12:.3f} TFLOPS: "
+            f"{share:.0%} of {device} matrix-product rate"
         )
 
 
