@@ -37,6 +37,7 @@ INIT_BY_NAME = """        for name, p in self.named_parameters():
         return
         residual_std = 0.02"""
 
+RANDOM_STARTS = "torch.randint(n_starts, (batch_size, 1)).numpy()"
 DRAW_ROWS = """        starts = torch.randint(n_starts, (batch_size, 1)).numpy()
         yield torch.from_numpy(tokens[starts + offsets].astype(np.int64)).to(device)
 """
@@ -75,6 +76,38 @@ DIVIDED_BEFORE = """            loss = loss / grad_accumulation_steps
             losses.append(loss.detach() * grad_accumulation_steps)
 """
 CROSS_ENTROPY = "F.cross_entropy(predictions, labels)"
+
+ONE_BY_ONE = """def generate(model, device, tokenizer, prefixes, batch_size, max_new_tokens=32, temperature=0.0):
+    mode, texts = model.training, []
+    model.eval()
+    for prefix in prefixes:
+        prompt = tokenizer.encode_ordinary(prefix) or [tokenizer.eot_token]
+        ids = torch.tensor([prompt], device=device)
+        for _ in range(max_new_tokens):
+            with torch.inference_mode():
+                logits = model(ids[:, -model.n_positions :])[:, -1]
+            if temperature == 0:
+                new = logits.argmax().item()
+            else:
+                new = torch.distributions.Categorical(logits=logits / temperature).sample().item()
+            if new == tokenizer.eot_token:
+                break
+            ids = torch.cat([ids, torch.tensor([[new]], device=device)], dim=1)
+        texts.append(tokenizer.decode(ids[0, len(prompt) :].tolist()))
+    model.train(mode)
+    return texts
+
+
+def generate_in_batches("""
+NUMPY_SAMPLING = "torch.tensor([np.random.choice(len(p), p=p / p.sum()) for p in probs.double().numpy()])"
+SCORE_BATCH = """            input_ids, mask = left_pad([prompts[i] for i in indices], tokenizer.eot_token, device)
+            last = model.hidden_states(input_ids, mask)[:, -1:]  # (B, 1, D)
+            logits[indices] = model.token_logits(last)[:, 0].to(logits.dtype)
+"""
+SCORE_ONE_BY_ONE = """            for i in indices:
+                logits[i] = model(torch.tensor([prompts[i]], device=device))[0, -1]
+"""
+SIGMOID = "torch.sigmoid(logits[:, tokens_of_interest[1]] - logits[:, tokens_of_interest[0]])"
 
 RIGHT = {
     "the package's own": {},
@@ -134,6 +167,26 @@ RIGHT = {
         "train": [(CROSS_ENTROPY, "F.cross_entropy(logits.transpose(1, 2)[:, :, :-1], input_ids[:, 1:])")]
     },
     "learning rates in new parameter groups": {"train": [(SET_RATE, SET_RATE_IN_NEW_GROUPS)]},
-    "generation without a cache": {"generate": "generate_without_cache.py"},
-    "generation with a cache of its own": {"generate": "generate_own_cache.py"},
+    "generation without a cache, texts scored in order": {
+        "generate": "generate_without_cache.py",
+        "classify": "classify_in_order.py",
+    },
+    "generation with a cache of its own": {
+        "generate": "generate_own_cache.py",
+        "classify": "classify_in_order.py",
+    },
+    "generation of one prefix at a time": {"generate": [("def generate(", ONE_BY_ONE)]},
+    "sampling with numpy": {
+        "generate": [
+            ("torch.multinomial(probs, 1).squeeze(-1)", NUMPY_SAMPLING),
+            ("import argparse\n", "import argparse\n\nimport numpy as np\n"),
+        ]
+    },
+    "texts scored without padding": {"classify": [(SCORE_BATCH, SCORE_ONE_BY_ONE)]},
+    "sigmoid of the logits' difference, the boundary by sorting": {
+        "classify": [
+            ("F.softmax(logits[:, tokens_of_interest], dim=-1)[:, 1]", SIGMOID),
+            ("p.median().item()", "p.sort().values[(len(p) - 1) // 2]"),
+        ]
+    },
 }

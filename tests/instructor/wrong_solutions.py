@@ -60,6 +60,29 @@ LOG = "        log_to_wandb(result)\n"
 COSINE = "min_lr + (max_lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2"
 PROGRESS = "(t - num_warmup_steps) / (num_training_steps - num_warmup_steps)  #"
 
+# Texts of generate.py
+SOFTMAX_OF_LOGITS = "F.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)"
+IF_GREEDY = "if temperature <= torch.finfo(logits.dtype).tiny:"
+DRAW = "torch.multinomial(probs, 1).squeeze(-1)"
+RIGHT_PADDING = (
+    *("[pad_token] * (S - len(row)) + row", "row + [pad_token] * (S - len(row))"),
+    *("[0.0] * (S - len(row)) + [1.0] * len(row)", "[1.0] * len(row) + [0.0] * (S - len(row))"),
+)
+NEXT_LOGITS = "decoder.next_token_logits(input_ids[:, -n_positions:], mask[:, -n_positions:])"
+N_PROMPT = "            n_prompt = input_ids.shape[1]\n"
+CACHED_EMBED = "self.model.embed(input_ids, attention_mask)"
+NEW_WINDOW = "                    decoder = CachedDecoder(model)\n"
+
+# Texts of classify.py
+P_POSITIVE = "F.softmax(logits[:, tokens_of_interest], dim=-1)[:, 1]"
+SCORE_PADDING = "left_pad([prompts[i] for i in indices], tokenizer.eot_token, device)"
+RIGHT_PAD = """def right_pad(rows, pad_token, device):
+    input_ids, mask = left_pad([row[::-1] for row in rows], pad_token, device)
+    return input_ids.flip(1), mask.flip(1)
+
+
+"""
+
 # fmt: off
 # ruff: noqa: E501 (one mutant, one line)
 FAMILIES = {
@@ -230,70 +253,70 @@ FAMILIES = {
         mistake("without end", SEQUENTIAL, SEQUENTIAL_LOOP, "for start in list(range(0, n_rows, batch_size)) * 30:"),
     ],
     "decoding": [
-        mistake("temperature ignored", SOFTMAX, "torch.softmax(logits / temperature,", "torch.softmax(logits,"),
-        mistake("temperature applied after softmax", SOFTMAX, "torch.softmax(logits / temperature, dim=-1)", "torch.softmax(logits, dim=-1) / temperature"),
-        mistake("multiplied by temperature", SOFTMAX, "logits / temperature", "logits * temperature"),
-        mistake("softmax over the batch", SOFTMAX, "temperature, dim=-1)", "temperature, dim=0)"),
-        mistake("NaN at temperature 0", SOFTMAX, "if temperature == 0:", "if False:"),
-        mistake("plain softmax at temperature 0", SOFTMAX, "if temperature == 0:", "if temperature == 0:\n        return torch.softmax(logits, dim=-1)\n    if False:"),
-        mistake("log-softmax", SOFTMAX, "torch.softmax(logits /", "torch.log_softmax(logits /"),
-        mistake("exp overflows", SOFTMAX, "return torch.softmax(logits / temperature, dim=-1)", "e = torch.exp(logits / temperature)\n    return e / e.sum(dim=-1, keepdim=True)"),
-        mistake("logits changed in place", SOFTMAX, "torch.softmax(logits / temperature,", "torch.softmax(logits.div_(temperature),"),
-        mistake("arg max at every temperature", "generate", "torch.multinomial(probs, 1)", "probs.argmax(dim=1, keepdim=True)"),
-        mistake("sampled at temperature 0", "generate", "softmax_with_temperature(logits, temperature)", "softmax_with_temperature(logits, temperature or 1.0)"),
-        mistake("one draw for all rows", "generate", "torch.multinomial(probs, 1)", "torch.multinomial(probs[:1], 1).expand(len(ids), 1)"),
-        mistake("seeded inside", "generate", "    was_training = model.training\n", "    torch.manual_seed(0)\n    was_training = model.training\n"),
-        mistake("prompt returned", "generate", "ids[:, longest:].tolist()", "ids.tolist()"),
-        mistake("decoder blocks skipped", "generate", MODEL_OF_WINDOW, "model.token_logits(model.ln(model.embed(ids[:, -n_positions:], mask[:, -n_positions:])))"),
-        mistake("last token alone given to the model", "generate", MODEL_OF_WINDOW, "model(ids[:, -1:], mask[:, -1:])"),
-        mistake("new tokens not given to the model", "generate", MODEL_OF_WINDOW, "model(ids[:, :longest], mask[:, :longest])"),
-        mistake("right padding", "generate", LEFT_IDS, RIGHT_IDS, LEFT_MASK, RIGHT_MASK),
-        mistake("mask ignored", "generate", MODEL_OF_WINDOW, "model(ids[:, -n_positions:])"),
+        mistake("temperature ignored", SOFTMAX, SOFTMAX_OF_LOGITS, "F.softmax(logits, dim=-1)"),
+        mistake("temperature applied after softmax", SOFTMAX, SOFTMAX_OF_LOGITS, "F.softmax(logits, dim=-1) / temperature"),
+        mistake("multiplied by temperature", SOFTMAX, "/ temperature, dim=-1)", "* temperature, dim=-1)"),
+        mistake("softmax over the batch", SOFTMAX, SOFTMAX_OF_LOGITS, "F.softmax(logits / temperature, dim=0)"),
+        mistake("NaN at temperature 0", SOFTMAX, IF_GREEDY, "if False:"),
+        mistake("plain softmax at temperature 0", SOFTMAX, IF_GREEDY, "if temperature == 0:\n        return F.softmax(logits, dim=-1)\n    if False:"),
+        mistake("log-softmax", SOFTMAX, SOFTMAX_OF_LOGITS, "F.log_softmax(logits / temperature, dim=-1)"),
+        mistake("exp overflows", SOFTMAX, f"return {SOFTMAX_OF_LOGITS}", "e = torch.exp(logits / temperature)\n    return e / e.sum(dim=-1, keepdim=True)"),
+        mistake("logits changed in place", SOFTMAX, SOFTMAX_OF_LOGITS, "F.softmax(logits.div_(temperature), dim=-1)"),
+        mistake("arg max at every temperature", "generate", DRAW, "probs.argmax(dim=-1)"),
+        mistake("sampled at temperature 0", "generate", "return probs.argmax(dim=-1)", "probs = F.softmax(logits, dim=-1)"),
+        mistake("one draw for all rows", "generate", DRAW, "torch.multinomial(probs[:1], 1).squeeze(-1).expand(len(probs))"),
+        mistake("seeded inside", "generate", "    texts = []\n", "    texts = []\n    torch.manual_seed(0)\n"),
+        mistake("prompt returned", "generate", "input_ids[:, n_prompt:].tolist()", "input_ids.tolist()"),
+        mistake("decoder blocks skipped", "generate", "in enumerate(self.model.blocks):", "in []:"),
+        mistake("last token alone given to the model", "generate", NEXT_LOGITS, "model(input_ids[:, -1:], mask[:, -1:])[:, -1]"),
+        mistake("new tokens not given to the model", "generate", NEXT_LOGITS, "model(input_ids[:, :n_prompt], mask[:, :n_prompt])[:, -1]"),
+        mistake("right padding", "generate", *RIGHT_PADDING),
+        mistake("mask ignored", "generate", NEXT_LOGITS, "model(input_ids[:, -n_positions:])[:, -1]"),
         mistake("mask not extended", "generate", "torch.ones_like(mask[:, :1])", "torch.zeros_like(mask[:, :1])"),
-        mistake("every <|endoftext|> masked as padding", "generate", "device=device)\n            for _", "device=device)\n            mask = (ids != eot).float()\n            for _"),
-        mistake("order lost", "generate", "    with torch.no_grad():\n        for start", "    prefixes = sorted(prefixes, key=len)\n    with torch.no_grad():\n        for start"),
-        mistake("partial batch lost", "generate", "range(0, len(prefixes), batch_size)", "range(0, len(prefixes) - batch_size + 1, batch_size)"),
-        mistake("window does not slide", "generate", MODEL_OF_WINDOW, "model(ids[:, :n_positions], mask[:, :n_positions])"),
-        mistake("generation ends where the window is full", "generate", "                probs = soft", "                if ids.shape[1] > n_positions:\n                    break\n                probs = soft"),
-        mistake("window one token short", "generate", MODEL_OF_WINDOW, "model(ids[:, 1 - n_positions :], mask[:, 1 - n_positions :])"),
-        mistake("long prompts keep their first tokens", "generate", "row[-n_positions:] for row", "row[:n_positions] for row"),
-        mistake("long prompts keep P - max_new_tokens tokens", "generate", "row[-n_positions:] for row", "row[-max(1, n_positions - max_new_tokens) :] for row"),
+        mistake("every <|endoftext|> masked as padding", "generate", N_PROMPT, N_PROMPT + "            mask = (input_ids != eot_token).float()\n"),
+        mistake("order lost", "generate", "for prefix in prefixes]", "for prefix in sorted(prefixes, key=len)]"),
+        mistake("partial batch lost", "generate", "range(0, len(prompts), batch_size)", "range(0, len(prompts) - batch_size + 1, batch_size)"),
+        mistake("window does not slide", "generate", "(input_ids[:, -n_positions:], mask[:, -n_positions:])", "(input_ids[:, :n_positions], mask[:, :n_positions])"),
+        mistake("generation ends where the window is full", "generate", f"                logits = {NEXT_LOGITS}", f"                if input_ids.shape[1] > n_positions:\n                    break\n                logits = {NEXT_LOGITS}"),
+        mistake("window one token short", "generate", NEXT_LOGITS, "model(input_ids[:, 1 - n_positions :], mask[:, 1 - n_positions :])[:, -1]"),
+        mistake("long prompts keep their first tokens", "generate", "encode_ordinary(text)[-n_positions:]", "encode_ordinary(text)[:n_positions]"),
+        mistake("long prompts keep P - max_new_tokens tokens", "generate", "encode_prompt(tokenizer, prefix, n_positions)", "encode_prompt(tokenizer, prefix, max(1, n_positions - max_new_tokens))"),
         mistake("one token too many", "generate", "range(max_new_tokens)", "range(max_new_tokens + 1)"),
-        mistake("an empty prefix crashes", "generate", "tokenizer.encode_ordinary(prefix) or [eot]", "tokenizer.encode_ordinary(prefix)"),
-        mistake("<|endoftext|> returned as text", "generate", "row = row[: row.index(eot)]", "row = row[: row.index(eot) + 1]"),
-        mistake("<|endoftext|> does not end a row", "generate", "row = row[: row.index(eot)]", "row = [token for token in row if token != eot]"),
-        mistake("one row's end ends all", "generate", "                mask = torch.cat([mask", "                if (new == eot).any():\n                    break\n                mask = torch.cat([mask"),
+        mistake("an empty prefix crashes", "generate", " or [tokenizer.eot_token]", ""),
+        mistake("<|endoftext|> returned as text", "generate", "row.index(eot_token)]", "row.index(eot_token) + 1]"),
+        mistake("<|endoftext|> does not end a row", "generate", "row[: row.index(eot_token)] if", "[token for token in row if token != eot_token] if"),
+        mistake("one row's end ends all", "generate", "if ended.all():", "if ended.any():"),
         mistake("dropout active", "generate", "    model.eval()\n", ""),
-        mistake("the mode found is not restored", "generate", "    model.train(was_training)\n", ""),
-        mistake("cache: positions one too low", "generate", "positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -n_new:]", "positions = (mask.long().cumsum(dim=1) - 1 - int(bool(cache))).clamp(min=0)[:, -n_new:]", file=CACHED),
-        mistake("cache: positions count the padding", "generate", "positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -n_new:]", "positions = torch.arange(mask.shape[1])[-n_new:] if cache else (mask.long().cumsum(dim=1) - 1).clamp(min=0)", file=CACHED),
-        mistake("cache: stale when the window slides", "generate", "                    cache = {}\n                n_read = cache[0][1].shape[2] if", "                    cache = {i: (kT[..., 1:], v[:, :, 1:]) for i, (kT, v) in cache.items()}\n                n_read = ids.shape[1] - 1 if", file=CACHED),
-        mistake("cache: padding visible after the first step", "generate", "mask.bool()[:, None, None]", "(mask.bool()[:, None, None] | bool(cache))", file=CACHED),
-        mistake("cache: of the batch before", "generate", "            cache = {}\n            for", "            cache = cache if start and len(rows) == batch_size else {}\n            for", file=CACHED),
+        mistake("the mode found is not restored", "generate", "            module.training = True\n", "            pass\n"),
+        mistake("cache: positions one too low", "generate", CACHED_EMBED, "self.model.embed(input_ids, F.pad(attention_mask[:, :-1], (0, 1)) if self.n_read else attention_mask)"),
+        mistake("cache: positions count the padding", "generate", CACHED_EMBED, "self.model.embed(input_ids, None if self.n_read else attention_mask)"),
+        mistake("cache: stale when the window slides", "generate", NEW_WINDOW, "                    decoder.cache = [(kT[..., 1:], v[:, :, 1:]) for kT, v in decoder.cache]\n                    decoder.n_read = n_positions - 1\n"),
+        mistake("cache: padding visible after the first step", "generate", "self_attention(q, kT, v, attention_mask)", "self_attention(q, kT, v, attention_mask if q.shape[2] == kT.shape[3] else None)"),
+        mistake("cache: of the batch before", "generate", "            decoder = CachedDecoder(model)\n            ended", "            decoder = decoder if start else CachedDecoder(model)\n            ended"),
     ],
     "classification": [
         mistake("classes swapped", SENTIMENT, "dim=-1)[:, 1]", "dim=-1)[:, 0]"),
-        mistake("probabilities over the whole vocabulary", SENTIMENT, "torch.softmax(logits[:, tokens_of_interest], dim=-1)[:, 1]", "torch.softmax(logits, dim=-1)[:, tokens_of_interest[1]]"),
-        mistake("calibration ignored", SENTIMENT, "torch.median(p) if calibrate else 0.5", "0.5"),
-        mistake("always calibrated", SENTIMENT, "torch.median(p) if calibrate else 0.5", "torch.median(p)"),
-        mistake("the labels' known share of positives used", SENTIMENT, "torch.median(p) if", "torch.quantile(p, 0.469) if"),
-        mistake("mean for median", SENTIMENT, "torch.median(p)", "torch.mean(p)"),
-        mistake("middle of the range for median", SENTIMENT, "torch.median(p)", "(p.min() + p.max()) / 2"),
-        mistake("upper middle value", SENTIMENT, "torch.median(p)", "p.sort().values[len(p) // 2]"),
-        mistake("ties are positive", SENTIMENT, "p > boundary", "p >= boundary"),
-        mistake("ties broken by order", SENTIMENT, "    boundary = ", "    if calibrate:\n        rank = p.argsort(stable=True).argsort()\n        return [int(r > (len(p) - 1) // 2) for r in rank]\n    boundary = "),
-        mistake("calibrated upwards only", SENTIMENT, "torch.median(p)", "max(0.5, torch.median(p))"),
-        mistake("exp overflows", SENTIMENT, "p = torch.softmax(logits[:, tokens_of_interest], dim=-1)[:, 1]", "e = torch.exp(logits[:, tokens_of_interest])\n    p = e[:, 1] / e.sum(dim=1)"),
-        mistake("right padding", "score", LEFT_IDS, RIGHT_IDS, LEFT_MASK, RIGHT_MASK),
-        mistake("mask ignored", "score", "model(ids, mask)", "model(ids)"),
-        mistake("order lost", "score", "    with torch.no_grad():\n        for start", "    texts = sorted(texts, key=len)\n    with torch.no_grad():\n        for start"),
-        mistake("partial batch lost", "score", "range(0, len(texts), batch_size)", "range(0, len(texts) - batch_size + 1, batch_size)"),
-        mistake("logits of the first position", "score", "[:, -1])\n", "[:, 0])\n"),
-        mistake("log-probabilities", "score", "model(ids, mask)[:, -1]", "model(ids, mask)[:, -1].log_softmax(-1)"),
-        mistake("long texts keep their first tokens", "score", "row[-n_positions:] for row", "row[:n_positions] for row"),
-        mistake("decoder blocks skipped", "score", "model(ids, mask)", "model.token_logits(model.ln(model.embed(ids, mask)))"),
-        mistake("dropout active", "score", "    model.eval()\n", ""),
-        mistake("the mode found is not restored", "score", "    model.train(was_training)\n", ""),
+        mistake("probabilities over the whole vocabulary", SENTIMENT, P_POSITIVE, "F.softmax(logits, dim=-1)[:, tokens_of_interest[1]]"),
+        mistake("calibration ignored", SENTIMENT, "p.median().item() if calibrate else 0.5", "0.5"),
+        mistake("always calibrated", SENTIMENT, "p.median().item() if calibrate else 0.5", "p.median().item()"),
+        mistake("the labels' known share of positives used", SENTIMENT, "p.median()", "p.quantile(0.469)"),
+        mistake("mean for median", SENTIMENT, "p.median()", "p.mean()"),
+        mistake("middle of the range for median", SENTIMENT, "p.median().item()", "(p.min() + p.max()).item() / 2"),
+        mistake("upper middle value", SENTIMENT, "p.median()", "p.sort().values[len(p) // 2]"),
+        mistake("ties are positive", SENTIMENT, "(p > decision_boundary", "(p >= decision_boundary"),
+        mistake("ties broken by order", SENTIMENT, "    return (p >", "    if calibrate:\n        rank = p.argsort(stable=True).argsort()\n        return [int(r > (len(p) - 1) // 2) for r in rank]\n    return (p >"),
+        mistake("calibrated upwards only", SENTIMENT, "p.median().item()", "max(0.5, p.median().item())"),
+        mistake("exp overflows", SENTIMENT, f"return {P_POSITIVE}", "e = torch.exp(logits[:, tokens_of_interest])\n    return e[:, 1] / e.sum(dim=1)"),
+        mistake("right padding", "score", SCORE_PADDING, SCORE_PADDING.replace("left_pad", "right_pad"), "def score(", RIGHT_PAD + "def score("),
+        mistake("mask ignored", "score", "model.hidden_states(input_ids, mask)", "model.hidden_states(input_ids)"),
+        mistake("order lost", "score", "logits[indices] =", "logits[start : start + len(indices)] ="),
+        mistake("partial batch lost", "score", "range(0, len(prompts), batch_size)", "range(0, len(prompts) - batch_size + 1, batch_size)", "    return logits\n", "    return logits[: len(prompts) // batch_size * batch_size]\n"),
+        mistake("logits of the first position", "score", "[:, -1:]  # (B, 1, D)", "[:, :1]"),
+        mistake("log-probabilities", "score", "model.token_logits(last)[:, 0]", "model.token_logits(last)[:, 0].log_softmax(-1)"),
+        mistake("long texts keep their first tokens", "score", "encode_prompt(tokenizer, text, n_positions)", "tokenizer.encode_ordinary(text)[:n_positions]"),
+        mistake("decoder blocks skipped", "score", "model.hidden_states(input_ids, mask)", "model.ln(model.embed(input_ids, mask))"),
+        mistake("dropout active", "score", "with inference(model),", "with torch.inference_mode(),"),
+        mistake("the mode found is not restored", "score", "    with inference(model),", "    model.eval()\n    with torch.inference_mode(),"),
     ],
 }
 # fmt: on
