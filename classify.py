@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import encode_prompt, inference, left_pad
+from generate import encode_prompt, inference, last_token_logits, left_pad
 from model import DecoderLM
 
 YELP_TEMPLATE = "Here is a review from Yelp: {text}\nOverall, the place was"
@@ -41,8 +41,8 @@ def score(
         for start in range(0, len(prompts), batch_size):
             indices = longest_first[start : start + batch_size]
             input_ids, mask = left_pad([prompts[i] for i in indices], tokenizer.eot_token, device)
-            last = model.hidden_states(input_ids, mask)[:, -1:]  # (B, 1, D)
-            logits[indices] = model.token_logits(last)[:, 0].to(logits.dtype)
+            next_logits = last_token_logits(model, model.hidden_states(input_ids, mask))
+            logits[indices] = next_logits.to(logits.dtype)
             bar.update(len(indices))
     return logits
 

@@ -94,6 +94,16 @@ def inference(model: torch.nn.Module):
             module.training = True
 
 
+def last_token_logits(model: DecoderLM, hidden: torch.Tensor) -> torch.Tensor:
+    """Return `model.token_logits(hidden)[:, -1]` without the other logits: (B, S, D) -> (B, V).
+
+    With the embeddings as left factor and two columns or more, a CPU is two to three times as fast.
+    """
+    last = hidden[:, -1]  # (B, D)
+    columns = last.T if len(last) > 1 else last.repeat(2, 1).T
+    return (model.token_embeddings.weight @ columns)[:, : len(last)].T.contiguous()
+
+
 class CachedDecoder:
     """Runs a DecoderLM on a growing sequence, computing the keys and values of each token only once.
 
@@ -120,7 +130,7 @@ class CachedDecoder:
             self.cache[i] = kT, v
             x = x + block.mha.projection(block.mha.self_attention(q, kT, v, attention_mask))
             x = x + block.ff(block.ln_2(x))
-        return self.model.token_logits(self.model.ln(x[:, -1:]))[:, 0]
+        return last_token_logits(self.model, self.model.ln(x))
 
 
 def generate(

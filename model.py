@@ -71,18 +71,18 @@ class MultiHeadAttention(nn.Module):
         exactly 0 from every head.
         """
         S_q, S_k = q.shape[-2], kT.shape[-1]
-        scores = q @ kT * self.scale_factor  # (B, H, S_q, S_k)
+        scores = (q * self.scale_factor) @ kT  # (B, H, S_q, S_k); q is smaller than the scores
 
         visible = torch.ones(S_q, S_k, dtype=torch.bool, device=q.device).tril(S_k - S_q)
         if attention_mask is not None:
             visible = visible & attention_mask[:, None, None, :].bool()  # (B, 1, S_q, S_k)
         # The lowest finite number, not -inf: a row with no visible key would become inf - inf = NaN.
-        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-        weights = F.softmax(scores, dim=-1)
-        if attention_mask is not None:  # softmax made such a row uniform; set it to 0
-            weights = weights.masked_fill(~visible, 0.0)
+        scores.masked_fill_(~visible, torch.finfo(scores.dtype).min)
 
-        attn = self.dropout(weights) @ v  # (B, H, S_q, HD)
+        weights = self.dropout(F.softmax(scores, dim=-1))
+        attn = weights @ v  # (B, H, S_q, HD)
+        if attention_mask is not None:  # softmax made rows with no visible key uniform
+            attn = attn.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
         return attn.transpose(1, 2).flatten(start_dim=2)  # (B, S_q, D), head 0's features first
 
     def projection(self, attn: torch.Tensor) -> torch.Tensor:
