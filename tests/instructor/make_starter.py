@@ -2,7 +2,7 @@
 
     python tests/instructor/make_starter.py OUT_DIR
 
-A graded function keeps its signature and docstring; its body becomes `raise NotImplementedError("question 1.3: …")`.
+A graded function keeps its signature and docstring; its body becomes `raise NotImplementedError("question …")`.
 Helpers that only the solution needs are left out. The tables below say what becomes of each definition; one that
 no longer fits the files is an error.
 """
@@ -60,7 +60,9 @@ GIVEN = {
 DROPPED = {
     "model.py": set(),
     "train.py": set(),
-    "generate.py": {"sample_next_token", "left_pad", "encode_prompt", "inference", "CachedDecoder"},
+    "generate.py": {
+        *("sample_next_token", "left_pad", "encode_prompt", "inference", "last_token_logits", "CachedDecoder"),
+    },
     "classify.py": set(),
 }
 

@@ -4,15 +4,12 @@ A change is a list of edits (old text, new text), or the name of a file in solut
 """
 
 EINSUM_SCORES = 'torch.einsum("bhqd,bhdk->bhqk", q, kT) * self.scale_factor'
-EINSUM_ATTENTION = 'torch.einsum("bhqk,bhkd->bhqd", self.dropout(weights), v)'
+EINSUM_ATTENTION = 'torch.einsum("bhqk,bhkd->bhqd", weights, v)'
 EINSUM_LOGITS = 'torch.einsum("bsd,vd->bsv", x, self.token_embeddings.weight)'
 
-SCORES = """        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-        weights = F.softmax(scores, dim=-1)
-"""
-SOFTMAX_BY_HAND = """        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-        weights = torch.exp(scores - scores.max(dim=-1, keepdim=True).values) * visible
-        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+ATTEND = "        weights = self.dropout(F.softmax(scores, dim=-1))\n"
+ATTEND_BY_HAND = """        weights = torch.exp(scores - scores.max(dim=-1, keepdim=True).values) * visible
+        weights = self.dropout(weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-30))
 """
 LIBRARY_ATTENTION = """        p = self.dropout.p if self.training else 0.0
         attn = F.scaled_dot_product_attention(q, kT.transpose(2, 3), v, attn_mask=visible, dropout_p=p)
@@ -101,8 +98,8 @@ ONE_BY_ONE = """def generate(model, device, tokenizer, prefixes, batch_size, max
 def generate_in_batches("""
 NUMPY_SAMPLING = "torch.tensor([np.random.choice(len(p), p=p / p.sum()) for p in probs.double().numpy()])"
 SCORE_BATCH = """            input_ids, mask = left_pad([prompts[i] for i in indices], tokenizer.eot_token, device)
-            last = model.hidden_states(input_ids, mask)[:, -1:]  # (B, 1, D)
-            logits[indices] = model.token_logits(last)[:, 0].to(logits.dtype)
+            next_logits = last_token_logits(model, model.hidden_states(input_ids, mask))
+            logits[indices] = next_logits.to(logits.dtype)
 """
 SCORE_ONE_BY_ONE = """            for i in indices:
                 logits[i] = model(torch.tensor([prompts[i]], device=device))[0, -1]
@@ -113,21 +110,19 @@ RIGHT = {
     "the package's own": {},
     "einsum for matmul": {
         "model": [
-            ("q @ kT * self.scale_factor", EINSUM_SCORES),
-            ("self.dropout(weights) @ v", EINSUM_ATTENTION),
+            ("(q * self.scale_factor) @ kT", EINSUM_SCORES),
+            ("weights @ v", EINSUM_ATTENTION),
             ("F.linear(x, self.token_embeddings.weight)", EINSUM_LOGITS),
         ]
     },
     "-inf, and NaN made 0": {
         "model": [
             ("torch.finfo(scores.dtype).min", "-torch.inf"),
-            ("weights.masked_fill(~visible, 0.0)", "weights.nan_to_num(0.0)"),
+            ("F.softmax(scores, dim=-1)", "F.softmax(scores, dim=-1).nan_to_num(0.0)"),
         ]
     },
-    "softmax by hand": {"model": [(SCORES, SOFTMAX_BY_HAND)]},
-    "the library's attention": {
-        "model": [("        attn = self.dropout(weights) @ v  # (B, H, S_q, HD)\n", LIBRARY_ATTENTION)]
-    },
+    "softmax by hand": {"model": [(ATTEND, ATTEND_BY_HAND)]},
+    "the library's attention": {"model": [("        attn = weights @ v  # (B, H, S_q, HD)\n", LIBRARY_ATTENTION)]},
     "one fused q, k, v product": {"model": [(SEPARATE_QKV, FUSED_QKV)]},
     "the causal mask as a buffer": {
         "model": [(BUFFER, CAUSAL_BUFFER + BUFFER), (CAUSAL_MASK, "self.causal[:S_q, :S_k]")]
@@ -135,7 +130,7 @@ RIGHT = {
     "two dropouts in the attention": {
         "model": [
             (BUFFER, "        self.weight_dropout = nn.Dropout(p_dropout)\n" + BUFFER),
-            ("self.dropout(weights)", "self.weight_dropout(weights)"),
+            ("self.dropout(F.softmax(scores, dim=-1))", "self.weight_dropout(F.softmax(scores, dim=-1))"),
         ]
     },
     "initialisation by parameter name": {"model": [("        residual_std = 0.02", INIT_BY_NAME)]},

@@ -33,6 +33,7 @@ def mistake(what: str, part: str, *texts: str, file: str | None = None) -> Mutan
 
 
 # Texts of model.py
+SCORES = "(q * self.scale_factor) @ kT"
 ATTEND = "F.softmax(scores, dim=-1)"
 CAUSAL = ".tril(S_k - S_q)"
 FILL = "torch.finfo(scores.dtype).min"
@@ -75,6 +76,7 @@ NEW_WINDOW = "                    decoder = CachedDecoder(model)\n"
 
 # Texts of classify.py
 P_POSITIVE = "F.softmax(logits[:, tokens_of_interest], dim=-1)[:, 1]"
+HIDDEN = "model.hidden_states(input_ids, mask)"
 SCORE_PADDING = "left_pad([prompts[i] for i in indices], tokenizer.eot_token, device)"
 RIGHT_PAD = """def right_pad(rows, pad_token, device):
     input_ids, mask = left_pad([row[::-1] for row in rows], pad_token, device)
@@ -111,12 +113,12 @@ FAMILIES = {
         mistake("transposed causal mask", ATTENTION, CAUSAL, ".triu(S_k - S_q)"),
         mistake("strict causal mask", ATTENTION, CAUSAL, ".tril(S_k - S_q - 1)"),
         mistake("no causal mask where a padding mask is given", ATTENTION, WITH_PADDING, "attention_mask[:, None, None, :].bool()"),
-        mistake("no scale", ATTENTION, "q @ kT * self.scale_factor", "q @ kT"),
-        mistake("scaled twice", ATTENTION, "q @ kT * self.scale_factor", "q @ kT * self.scale_factor**2"),
+        mistake("no scale", ATTENTION, SCORES, "q @ kT"),
+        mistake("scaled twice", ATTENTION, SCORES, "(q * self.scale_factor**2) @ kT"),
         mistake("scaled by 1/sqrt(D)", ATTENTION, "math.sqrt(n_embd // n_head)", "math.sqrt(n_embd)"),
         mistake("softmax over the queries", ATTENTION, ATTEND, "F.softmax(scores, dim=-2)"),
         mistake("softmax over the heads", ATTENTION, ATTEND, "F.softmax(scores, dim=1)"),
-        mistake("mask after softmax, rows not summing to 1", ATTENTION, f"scores = scores.masked_fill(~visible, {FILL})\n        weights = {ATTEND}", f"weights = {ATTEND}.masked_fill(~visible, 0.0)"),
+        mistake("mask after softmax, rows not summing to 1", ATTENTION, f"        scores.masked_fill_(~visible, {FILL})\n", "", ATTEND, f"{ATTEND}.masked_fill(~visible, 0.0)"),
         mistake("masked scores 0, not lowest", ATTENTION, FILL, "0.0", *NO_ROW_OF_ZEROS),
         mistake("padding mask on the queries", ATTENTION, "attention_mask[:, None, None, :]", "attention_mask[:, None, :, None]"),
         mistake("padding mask ignored", ATTENTION, WITH_PADDING, "visible"),
@@ -127,10 +129,10 @@ FAMILIES = {
         mistake("a row without keys averages all values", ATTENTION, *NO_ROW_OF_ZEROS),
         mistake("heads merged in the wrong order", ATTENTION, "attn.transpose(1, 2).flatten(start_dim=2)", "attn.reshape(len(attn), S_q, -1)"),
         mistake("heads interleaved when merged", ATTENTION, "attn.transpose(1, 2)", "attn.permute(0, 2, 3, 1)"),
-        mistake("no dropout on the weights", ATTENTION, "self.dropout(weights)", "weights"),
-        mistake("dropout on the result, not on the weights", ATTENTION, "self.dropout(weights) @ v", "self.dropout(weights @ v)"),
-        mistake("dropout before softmax", ATTENTION, "q @ kT * self.scale_factor", "self.dropout(q @ kT * self.scale_factor)", "self.dropout(weights)", "weights"),
-        mistake("dropout active at evaluation", ATTENTION, "self.dropout(weights)", "F.dropout(weights, self.dropout.p)"),
+        mistake("no dropout on the weights", ATTENTION, f"self.dropout({ATTEND})", ATTEND),
+        mistake("dropout on the result, not on the weights", ATTENTION, f"self.dropout({ATTEND})", ATTEND, "weights @ v", "self.dropout(weights @ v)"),
+        mistake("dropout before softmax", ATTENTION, SCORES, f"self.dropout({SCORES})", f"self.dropout({ATTEND})", ATTEND),
+        mistake("dropout active at evaluation", ATTENTION, f"self.dropout({ATTEND})", f"F.dropout({ATTEND}, self.dropout.p)"),
         mistake("no dropout after the projection", ATTENTION, "self.dropout(self.proj(attn))", "self.proj(attn)"),
         mistake("no output projection", ATTENTION, "self.dropout(self.proj(attn))", "self.dropout(attn)"),
         mistake("split by a view that mixes tokens and heads", "q_kT_v", "self.q_attn(x).view(heads).transpose(1, 2)", "self.q_attn(x).view(B, self.n_head, S, D // self.n_head)"),
@@ -308,13 +310,13 @@ FAMILIES = {
         mistake("calibrated upwards only", SENTIMENT, "p.median().item()", "max(0.5, p.median().item())"),
         mistake("exp overflows", SENTIMENT, f"return {P_POSITIVE}", "e = torch.exp(logits[:, tokens_of_interest])\n    return e[:, 1] / e.sum(dim=1)"),
         mistake("right padding", "score", SCORE_PADDING, SCORE_PADDING.replace("left_pad", "right_pad"), "def score(", RIGHT_PAD + "def score("),
-        mistake("mask ignored", "score", "model.hidden_states(input_ids, mask)", "model.hidden_states(input_ids)"),
+        mistake("mask ignored", "score", HIDDEN, "model.hidden_states(input_ids)"),
         mistake("order lost", "score", "logits[indices] =", "logits[start : start + len(indices)] ="),
         mistake("partial batch lost", "score", "range(0, len(prompts), batch_size)", "range(0, len(prompts) - batch_size + 1, batch_size)", "    return logits\n", "    return logits[: len(prompts) // batch_size * batch_size]\n"),
-        mistake("logits of the first position", "score", "[:, -1:]  # (B, 1, D)", "[:, :1]"),
-        mistake("log-probabilities", "score", "model.token_logits(last)[:, 0]", "model.token_logits(last)[:, 0].log_softmax(-1)"),
+        mistake("logits of the first position", "score", HIDDEN, f"{HIDDEN}[:, :1]"),
+        mistake("log-probabilities", "score", "next_logits.to(", "next_logits.log_softmax(-1).to("),
         mistake("long texts keep their first tokens", "score", "encode_prompt(tokenizer, text, n_positions)", "tokenizer.encode_ordinary(text)[:n_positions]"),
-        mistake("decoder blocks skipped", "score", "model.hidden_states(input_ids, mask)", "model.ln(model.embed(input_ids, mask))"),
+        mistake("decoder blocks skipped", "score", HIDDEN, "model.ln(model.embed(input_ids, mask))"),
         mistake("dropout active", "score", "with inference(model),", "with torch.inference_mode(),"),
         mistake("the mode found is not restored", "score", "    with inference(model),", "    model.eval()\n    with torch.inference_mode(),"),
     ],
