@@ -436,6 +436,15 @@ def test_train_calls_on_step_after_each_step(lm, no_wandb_run):
     check_close([1e12 * result.learning_rate for result in results], [1, 2, 3], "1e12·learning_rate")
 
 
+def test_running_mean_continues_from_previous_losses(lm, no_wandb_run):
+    takes(train.train, "previous_losses", "on_step")
+    losses, previous, results = losses_at(lm, 2), [float(i) for i in range(30)], []
+    options = {"num_training_steps": 2, "previous_losses": previous, "on_step": results.append}
+    train.train(lm, random_batches(), WatchedSGD(lm), negligible_rate, **options)
+    right = mistakes.running_mean(previous + losses, 20)[-2:]
+    check_close([result.train_loss for result in results], right, "train_loss after 30 previous losses")
+
+
 def test_train_on_another_loss(lm, wandb_log):
     takes(train.train, "loss_fn")
     batches, contexts, autocast = [], [], WatchedContext()
