@@ -1,4 +1,4 @@
-"""What every test starts from: the graded files on the path, no network, fixed seeds, one small tokenizer."""
+"""Shared setup of all tests: the graded files on the path, no network, fixed seeds, one small tokenizer."""
 
 import os
 import random
@@ -6,13 +6,12 @@ import socket
 import sys
 from pathlib import Path
 
-# Before anything imports wandb or a Hugging Face package: neither may ask for an account or a network.
+# Set before wandb or a Hugging Face package is imported: neither may ask for an account or use the network.
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 TESTS = Path(__file__).resolve().parent
-# The root comes first, so that `support` is the package of the root and never the folder tests/package.
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import numpy as np  # noqa: E402
@@ -23,7 +22,7 @@ pytest_plugins = ["points"]
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "soak: a long test, left out unless -m names it")
+    config.addinivalue_line("markers", "soak: a long test, run only with -m soak")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -37,7 +36,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def no_network():
-    """Any connection that leaves this machine fails with a message; loopback and Unix sockets stay open."""
+    """Connections that leave this machine fail with a message; loopback and Unix sockets work."""
 
     def is_local(host) -> bool:
         host = host.decode() if isinstance(host, bytes) else host
@@ -67,11 +66,13 @@ def no_network():
 
 
 @pytest.fixture(autouse=True)
-def fixed_seeds_and_torch_state():
+def fixed_seeds_and_torch_state(request):
     """Every test starts from the same seeds and leaves torch's global switches as it found them."""
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    if request.path.parent == TESTS:  # the student's tests: their tensors are too small for several threads
+        torch.set_num_threads(1)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.set_float32_matmul_precision("highest")  # whatever a command in a fixture of the module chose
+    torch.set_float32_matmul_precision("highest")  # a command in a fixture of the module may have changed it
     random.seed(667)
     np.random.seed(667)
     torch.manual_seed(667)
@@ -87,7 +88,7 @@ def fixed_seeds_and_torch_state():
 def ascii_tokenizer():
     """A real tiktoken.Encoding of 129 tokens: one for each ASCII character, and <|endoftext|>.
 
-    Text and token ids are the same thing here, so that a generated text tells which tokens were chosen.
+    A character is a token here, so that a generated text shows which tokens were chosen.
     """
     tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is missing: pip install -r requirements.txt")
     return tiktoken.Encoding(
@@ -101,10 +102,10 @@ def ascii_tokenizer():
 
 @pytest.fixture(scope="session")
 def randomise():
-    """randomise(model, seed=0): give every parameter values for which it, and every token, matters.
+    """randomise(model, seed=0): draw parameter values large enough for every parameter and token to matter.
 
-    After GPT-2's initialisation the blocks add next to nothing, and most mistakes in them would not show.
-    The values depend on names and shapes alone, not on how the model was built.
+    After GPT-2's initialisation the blocks add next to nothing, so most mistakes in them would not show.
+    The values depend only on names and shapes, not on how the model was built.
     """
 
     @torch.no_grad()

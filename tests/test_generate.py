@@ -1,18 +1,19 @@
 """Question 3.1: generate.py.
 
-The tokenizer of these tests has one token per ASCII character, so that a text tells which tokens were chosen:
-each of them is held to what the model says after the last n_positions tokens. The model's weights are large
+The tokenizer of these tests has one token per ASCII character, so that a text shows which tokens were chosen:
+each is compared with what the model gives after the last n_positions tokens. The model's weights are large
 enough for the context to matter; an untrained model only repeats its last token.
 """
 
+import math
 import random
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from points import check_close
-from torch.func import functional_call
+from checks import check_close, check_equal
+from mistakes import generate as mistakes
 
 import generate
 from model import DecoderLM
@@ -43,10 +44,8 @@ def generate_texts(lm, ascii_tokenizer):
         assert isinstance(texts, list) and all(isinstance(text, str) for text in texts), (
             f"generate: expected a list of texts, got {texts!r:.60}: is each row decoded and returned?"
         )
-        assert len(texts) == len(prefixes), (
-            f"{len(prefixes)} prefixes in batches of {batch_size}: expected as many texts, got {len(texts)}: "
-            "is a last, smaller batch lost?"
-        )
+        what = f"number of texts for {len(prefixes)} prefixes in batches of {batch_size}"
+        check_equal(len(texts), len(prefixes), what, hint="is a last, smaller batch lost?")
         return texts
 
     return generate_texts
@@ -54,7 +53,7 @@ def generate_texts(lm, ascii_tokenizer):
 
 @torch.no_grad()
 def with_constant_logits(model, logits: dict[int, float]):
-    """Make the model say the same after every context: these logits, -100 for all other tokens."""
+    """Make the model give the same after every context: these logits, -100 for all other tokens."""
     model.ln.weight.zero_()
     model.ln.bias.zero_()
     model.ln.bias[0] = 1.0
@@ -67,7 +66,7 @@ def with_constant_logits(model, logits: dict[int, float]):
 def check_greedy(model, prefix, text, hint="", max_new_tokens=MAX_NEW, n_padding=0):
     """Assert that each token of `text`, and its end, has the highest logit after the P tokens before it.
 
-    n_padding: the tokens by which the longest prefix of its batch is longer, for the guess alone.
+    n_padding: the number of tokens by which the longest prefix of its batch is longer (for the guess).
     """
     __tracebackhide__ = True
     prompt, new = [ord(c) for c in prefix] or [EOT], [ord(c) for c in text]
@@ -78,148 +77,73 @@ def check_greedy(model, prefix, text, hint="", max_new_tokens=MAX_NEW, n_padding
     for i in range(min(len(new) + 1, max_new_tokens)):
         logits = model(torch.tensor([(prompt + new[:i])[-P:]]))[0, -1]
         got = new[i] if i < len(new) else EOT
-        if logits[got] < logits.max() - 1e-3:  # so near to each other, rounding may choose either
+        if logits[got] < logits.max() - 1e-3:  # closer logits may be swapped by rounding
             best = logits.argmax().item()
             right = "its end" if best == EOT else repr(chr(best))
             if i == len(new):
                 guess = hint or "is the last token lost, or does a row end where another does?"
                 raise AssertionError(f"{after}: expected {right} as new token {i}, got its end; {guess}")
-            guess = looks_like(model, prompt, new, n_padding) or hint or "is each token chosen after all before?"
+            guess = mistakes.of_greedy_text(model, prompt, new, EOT, n_padding) or hint
+            guess = guess or "is each token chosen after all before?"
             raise AssertionError(f"{after}, new token {i}: expected {right}, got {chr(got)!r}; {guess}")
 
 
-def looks_like(model, prompt, new, n_padding=0) -> str:
-    """The usual mistakes that would have given exactly the tokens `new`."""
-    n, places, pad = len(prompt), torch.arange(P), [EOT] * n_padding
-
-    def best(ids, mask=None, position=-1, places=places):
-        """The arg max at a position, with other rows of the position embeddings where asked."""
-        parameters = {"position_embeddings.weight": model.position_embeddings.weight[places]}
-        mask = None if mask is None else torch.tensor([mask], dtype=torch.float)
-        return functional_call(model, parameters, (torch.tensor([ids]), mask))[0, position].argmax().item()
-
-    def without_blocks(ids):
-        return model.token_logits(model.ln(model.embed(torch.tensor([ids]))))[0, -1].argmax().item()
-
-    too_low = torch.where(places < n, places, places - 1)
-    too_high = torch.where(places < n, places, places + 1).clamp(max=P - 1)
-    mistakes = {  # name -> what it chooses as new token i, after all ids before it
-        "the prompt is returned with the continuation": lambda i, ids: (prompt + new)[i],
-        "the decoder blocks are skipped": lambda i, ids: without_blocks(ids[-P:]),
-        "the model sees the last token alone": lambda i, ids: best(ids[-1:]),
-        "the new tokens are not given to the model": lambda i, ids: best(prompt[-P:]),
-        "the new tokens are masked: extend attention_mask too": lambda i, ids: best(
-            ids[-P:], ([1] * n + [0] * i)[-P:]
-        ),
-        "the window does not slide, it keeps the first n_positions tokens": lambda i, ids: best(ids[:P]),
-        "a long prompt must keep its last tokens, not its first": lambda i, ids: best((prompt[:P] + new[:i])[-P:]),
-        "the window is one token too short": lambda i, ids: best(ids[-P + 1 :]),
-        "the logits of the last position but one": lambda i, ids: (
-            best(ids[-P:], position=-2) if len(ids) > 1 else None
-        ),
-        "positions of the new tokens are one too low": lambda i, ids: best(ids[-P:], places=too_low),
-        "positions of the new tokens are one too high": lambda i, ids: best(ids[-P:], places=too_high),
-    }
-    if n_padding:
-        mistakes |= {
-            "padding on the right: the last column is padding": lambda i, ids: best(
-                (ids[:n] + pad + ids[n:])[-P:], ([1] * n + [0] * n_padding + [1] * i)[-P:]
-            ),
-            "padding without an attention_mask": lambda i, ids: best((pad + ids)[-P:]),
-            "attention_mask inverted: 1 is a real token": lambda i, ids: best(
-                (pad + ids)[-P:], ([1] * n_padding + [0] * len(ids))[-P:]
-            ),
-        }
-    matching = [
-        text
-        for text, choice in mistakes.items()
-        if all(choice(i, prompt + new[:i]) == token for i, token in enumerate(new))
-    ]
-    return "looks like: " + " or ".join(matching) if new and matching else ""
+# --- softmax_with_temperature ---
 
 
-# ---------------------------------------------------------------------------------------------------------
-# softmax_with_temperature
+def normalised(weights):
+    weights = torch.tensor(weights)
+    return weights / weights.sum(dim=-1, keepdim=True)
 
 
 @pytest.mark.question("3.1", "softmax_with_temperature")
 class TestSoftmaxWithTemperature:
     # Two rows of logits with the probabilities 1/8, 2/8, 5/8 and 6/9, 2/9, 1/9 at temperature 1.
-    p = torch.tensor([[1 / 8, 2 / 8, 5 / 8], [6 / 9, 2 / 9, 1 / 9]])
-    logits = p.log() + torch.tensor([[3.0], [-2.0]])
+    logits = normalised([[1.0, 2, 5], [6, 2, 1]]).log() + torch.tensor([[3.0], [-2.0]])
 
     @pytest.mark.parametrize(
-        "temperature, right",
+        "temperature, weights",
         [
-            (1.0, [[1 / 8, 2 / 8, 5 / 8], [6 / 9, 2 / 9, 1 / 9]]),
-            (
-                0.5,
-                [[1 / 30, 4 / 30, 25 / 30], [36 / 41, 4 / 41, 1 / 41]],
-            ),  # the squares of 1, 2, 5 and 6, 2, 1
-            (2.0, [[0.215003, 0.304060, 0.480762], [0.503568, 0.290740, 0.205584]]),  # their square roots
+            (1.0, [[1.0, 2, 5], [6, 2, 1]]),
+            (0.5, [[1.0, 4, 25], [36, 4, 1]]),  # the squares
+            (2.0, [[1.0, 1.414214, 2.236068], [2.449490, 1.414214, 1]]),  # the square roots
         ],
     )
-    def test_softmax_of_logits_over_temperature(self, temperature, right):
-        if temperature == 2.0:  # rows sum to 1; the roots are 1, 1.414214, 2.236068 and 2.449490, 1.414214, 1
-            roots = torch.tensor([[1.0, 2.0, 5.0], [6.0, 2.0, 1.0]]) ** 0.5
-            right = roots / torch.tensor([[4.650282], [4.863703]])
-        wrong = {
-            "softmax over the batch, not over the vocabulary": (self.logits / temperature).softmax(0),
-            "a log-softmax": torch.as_tensor(right).log(),
-        }
-        if temperature != 1.0:
-            wrong |= {
-                "temperature ignored": self.p,
-                "temperature applied after softmax": self.p / temperature,
-                "temperature applied after softmax, then a second softmax": (self.p / temperature).softmax(-1),
-                "multiplied by temperature in place of divided": (self.logits * temperature).softmax(-1),
-            }
+    def test_softmax_of_logits_over_temperature(self, temperature, weights):
         got = generate.softmax_with_temperature(self.logits.clone(), temperature)
-        check_close(got, right, f"softmax_with_temperature at T = {temperature}", wrong)
+        wrong = mistakes.softmax_with_temperature(self.logits, temperature)
+        check_close(got, normalised(weights), f"softmax_with_temperature at T = {temperature}", wrong)
 
     def test_zero_is_greedy(self):
         logits = torch.tensor([[1.0, 3.0, 2.0, -5.0], [900.0, 100.0, -900.0, 899.5]])
         got = generate.softmax_with_temperature(logits, 0.0)
-        assert not got.isnan().any(), (
-            "softmax_with_temperature at T = 0: expected all mass on the arg max, got NaN (0/0)"
-        )
+        what, hint = "softmax_with_temperature at T = 0", "all mass on the arg max"
+        assert not got.isnan().any(), f"{what}: expected {hint}, got NaN (0/0)"
         right = torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
-        check_close(
-            got,
-            right,
-            "softmax_with_temperature at T = 0",
-            {"temperature ignored": logits.softmax(-1)},
-            hint="all mass on the arg max",
-        )
+        check_close(got, right, what, {"temperature ignored": logits.softmax(-1)}, hint)
 
     def test_extreme_logits_do_not_overflow(self):
         logits = torch.tensor([[1000.0, 1001.0], [-1000.0, -1002.0]])
-        right = torch.tensor([[1.0, 2.718282], [7.389056, 1.0]]) / torch.tensor([[3.718282], [8.389056]])
+        what, hint = "probabilities of logits near ±1000", "exp overflows: use torch's softmax"
         got = generate.softmax_with_temperature(logits, 1.0)
-        check_close(got, right, "probabilities of logits near ±1000", hint="exp overflows: use torch's softmax")
+        check_close(got, normalised([[1.0, 2.718282], [7.389056, 1.0]]), what, hint=hint)
         got = generate.softmax_with_temperature(logits, 1e-4)
-        check_close(
-            got, torch.tensor([[0.0, 1.0], [1.0, 0.0]]), "probabilities of logits near ±1000 at T = 0.0001"
-        )
+        check_close(got, [[0.0, 1.0], [1.0, 0.0]], f"{what} at T = 0.0001")
 
     def test_logits_are_left_alone(self):
         logits = self.logits.clone()
         for temperature in (0.0, 0.5):
             generate.softmax_with_temperature(logits, temperature)
-            check_close(logits, self.logits, f"the logits given, after T = {temperature}", hint="changed in place")
+            check_close(
+                logits, self.logits, f"the logits passed in, after T = {temperature}", hint="changed in place"
+            )
 
 
-# ---------------------------------------------------------------------------------------------------------
-# generate
+# --- generate ---
 
 
 PREFIXES = ["To be", "a", "or not", "th", "que"]
-LONG = [
-    "The decoder reads",
-    "nine char",
-    "12345678",
-    "once more unto the breach",
-]  # as long as P = 8, or longer
+LONG = ["The decoder reads", "nine char", "12345678", "once more unto the breach"]  # at least P = 8 tokens
 
 
 @pytest.mark.question("3.1", "generate")
@@ -246,9 +170,7 @@ class TestGenerate:
         texts = generate_texts(prefixes, batch_size)
         alone = [generate_texts([prefix])[0] for prefix in prefixes]
         reordered = texts != alone and sorted(texts) == sorted(alone)
-        assert not reordered, (
-            "texts: expected one for each prefix in its order, got the order of the prefixes lost"
-        )
+        assert not reordered, "texts: expected them in the order of the prefixes, got another order"
         hint = f"batches of {batch_size}: pad on the left, mask the padding, extend the mask by each"
         if len(set(texts[:batch_size])) == 1:
             hint = "all rows of a batch get the same tokens: is one token chosen for all of them?"
@@ -266,10 +188,9 @@ class TestGenerate:
                     f"prefixes {prefixes}: expected texts, got {type(error).__name__}: an empty prefix has no "
                     "token, let it start from <|endoftext|>"
                 ) from error
+            hint = "an empty prefix is one <|endoftext|>, a real token, not padding"
             for prefix, text in zip(prefixes, texts, strict=True):
-                check_greedy(
-                    lm, prefix, text, hint="an empty prefix is one <|endoftext|>, a real token, not padding"
-                )
+                check_greedy(lm, prefix, text, hint)
 
     def test_a_row_ends_at_endoftext(self, lm, generate_texts):
         # A longer embedding gives <|endoftext|> larger logits: with this one it ends rows early and late.
@@ -277,90 +198,88 @@ class TestGenerate:
         prefixes = [f"{a}{b}" for a in "aeiou" for b in "mnr"]
         texts = generate_texts(prefixes, batch_size=6)
         for prefix, text in zip(prefixes, texts, strict=True):
-            assert "<|endoftext|>" not in text, (
-                f"text after {prefix!r}: expected no <|endoftext|> in it, got {text!r}"
-            )
+            after = f"text after {prefix!r}"
+            assert "<|endoftext|>" not in text, f"{after}: expected no <|endoftext|> in it, got {text!r}"
             check_greedy(lm, prefix, text, hint="a row ends at its own <|endoftext|>, and no row at another's")
         lengths = {len(text) for text in texts}
         assert len(lengths) > 3 and MAX_NEW in lengths, (
             f"rows that end early and late: expected texts of several lengths, got {lengths}: a longer embedding "
             "of <|endoftext|> must give it a larger logit: is the output matrix tied (question 1.3)?"
         )
+
+    def test_a_row_that_ends_at_once_is_empty(self, lm, generate_texts):
         with_constant_logits(lm, {EOT: 5.0, ord("a"): 0.0})
-        texts = generate_texts(prefixes, batch_size=6)
-        assert set(texts) == {""}, f"<|endoftext|> first: expected empty texts, got {sorted(set(texts))}"
+        check_equal(generate_texts(PREFIXES, batch_size=3), [""] * 5, "texts where <|endoftext|> comes first")
 
     @pytest.mark.parametrize("mode", ["training", "evaluation"])
     def test_dropout_is_off_and_the_mode_restored(self, lm, randomise, generate_texts, mode):
         model = randomise(DecoderLM(N_VOCAB, 21, 3, P, n_layer=2, p_dropout=0.5)).train(mode == "training")
         for prefix, text in zip(PREFIXES, generate_texts(PREFIXES, 5, model=model), strict=True):
             check_greedy(lm, prefix, text, hint="is dropout off while generating?")
-        assert model.training == (mode == "training"), (
-            f"a model found in {mode} mode: expected it restored, got the other"
+        hint = "put the model back into the mode it was in"
+        check_equal(
+            model.training, mode == "training", f"model.training after generate, {mode} mode before", hint=hint
         )
 
     @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
     def test_sampling_follows_the_temperature(self, lm, generate_texts, temperature):
         # 20 rows of 100 independent draws: 2000 draws, sigma of a count sqrt(2000 p (1 - p)) <= 22.4.
         weights = {"a": 5.0, "b": 2.0, "c": 1.0}  # their probabilities at temperature 1, times 8
-        with_constant_logits(lm, {ord(c): float(np.log(w)) for c, w in weights.items()})
+        with_constant_logits(lm, {ord(c): math.log(w) for c, w in weights.items()})
         texts = generate_texts(["x"] * 20, 16, max_new_tokens=100, temperature=temperature)
-        lengths = {len(text) for text in texts}
-        assert lengths == {100}, f"100 new tokens, none of them <|endoftext|>: expected 100 each, got {lengths}"
-        n = len(set(texts))
-        assert n == 20, f"20 sampled rows: expected 20 different texts, got {n}: greedy, or one draw for all rows?"
+        what = "lengths of texts of 100 new tokens, none of them <|endoftext|>"
+        check_equal({len(text) for text in texts}, {100}, what)
+        hint = "greedy, or one draw for all rows?"
+        check_equal(len(set(texts)), 20, "number of different texts in 20 sampled rows", hint=hint)
         counts = Counter("".join(texts))
-        impossible = set(counts) - set("abc")
-        assert not impossible, f"tokens of logit -100: expected none, got {impossible}: temperature after softmax?"
+        hint = "other tokens have a logit of -100: is temperature applied after softmax?"
+        check_equal(set(counts), set("abc"), "tokens sampled", hint=hint)
 
-        def share(c, t):
-            return weights[c] ** (1 / t) / sum(w ** (1 / t) for w in weights.values())
+        def expected(t):
+            total = sum(w ** (1 / t) for w in weights.values())
+            return [2000 * w ** (1 / t) / total for w in weights.values()]
 
-        for c in "abc":
-            p = share(c, temperature)
-            if abs(counts[c] - 2000 * p) > 5 * (2000 * p * (1 - p)) ** 0.5:
-                as_if = [t for t in {1.0, 0.5, 2.0} - {temperature} if abs(counts[c] - 2000 * share(c, t)) < 112]
-                raise AssertionError(
-                    f"T = {temperature}: expected {c!r} about {2000 * p:.0f} times in 2000, got {counts[c]}"
-                    + (f"; looks like: T = {as_if[0]}, temperature ignored or inverted" if as_if else "")
-                )
+        what = f"how often of 2000 'a', 'b' and 'c' are sampled at T = {temperature}"
+        wrong = {f"T = {t}, temperature ignored or inverted": expected(t) for t in {1.0, 0.5, 2.0} - {temperature}}
+        check_close([counts[c] for c in "abc"], expected(temperature), what, wrong, atol=112)  # 5 sigma
 
     def test_sampled_rows_end_at_endoftext(self, lm, generate_texts):
         with_constant_logits(lm, {EOT: 0.0, ord("a"): 0.0})
         texts = generate_texts(["x", "longer"] * 200, 50, max_new_tokens=6, temperature=1.0)
-        assert set("".join(texts)) == {"a"}, f"texts: expected only 'a' in them, got {sorted(set(''.join(texts)))}"
-        empty = texts.count("")  # 400 draws with p = 1/2: 200 with sigma 10, 5 sigma = 50
-        assert abs(empty - 200) < 50, (
-            f"<|endoftext|> with probability 1/2: expected about 200 of 400 empty, got {empty}"
-        )
+        check_equal(set("".join(texts)), {"a"}, "tokens in the texts")
+        # 400 draws with p = 1/2: 200 with sigma 10, 5 sigma = 50
+        what = "number of empty texts of 400, <|endoftext|> with probability 1/2"
+        check_close(texts.count(""), 200, what, atol=50)
 
-    def test_sampling_draws_anew(self, lm, generate_texts):
+    def test_two_samples_differ(self, generate_texts):
         first, second = (generate_texts(["To be"], temperature=1.5, max_new_tokens=30) for _ in range(2))
-        assert first != second, (
-            f"two calls at T = 1.5: expected different texts, got twice {first}: seeded inside?"
-        )
+        assert first != second, f"two calls at T = 1.5: expected two texts, got twice {first}: seeded inside?"
 
 
-# ---------------------------------------------------------------------------------------------------------
-# More of the interface, without points
+# --- More of the interface, without points ---
 
 
-def test_the_seed_of_torch_repeats_a_sample(lm, generate_texts):
+def test_the_seed_of_torch_repeats_a_sample(generate_texts):
     texts = []
     for _ in range(2):
         torch.manual_seed(3)
         texts.append(generate_texts(PREFIXES, 2, temperature=1.0))
         random.random(), np.random.rand()  # draws of other generators must not matter
-    assert texts[0] == texts[1], "the same torch.manual_seed: expected the same texts (no points)"
+    check_equal(texts[1], texts[0], "texts after the same torch.manual_seed (no points)")
 
 
 def test_no_prefixes_no_texts(generate_texts):
-    assert generate_texts([]) == []
+    check_equal(generate_texts([]), [], "texts for no prefixes")
 
 
 def test_a_literal_endoftext_in_a_prefix_is_text(lm, generate_texts):
     prefix = "a<|endoftext|>"
     check_greedy(lm, prefix, generate_texts([prefix])[0], hint="encode_ordinary reads it as plain characters")
+
+
+def test_a_model_in_double_precision(lm, generate_texts):
+    for prefix, text in zip(PREFIXES, generate_texts(PREFIXES, 3, model=lm.double()), strict=True):
+        check_greedy(lm, prefix, text)
 
 
 def test_softmax_with_temperature_keeps_excluded_tokens_out():

@@ -8,28 +8,53 @@ import pytest
 import tiny_run
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import model as model_module
 import train
-from generate import left_pad
-from model import DecoderLM, Dropout, MultiHeadAttention
+from generate import CachedDecoder, last_token_logits, left_pad
+from model import DecoderLM
+from support import chunked_loss
+from support.chunked_loss import ChunkedLanguageModelingLoss, LanguageModelingLoss, loss_module
 from support.config import load_config
 from support.errors import UserError
 from support.hardware import choose_float32_products, compile_forward
 
-V, D = 5003, 24  # a prime: no multiple of any chunk
+V, D = 5003, 24  # a prime: not a multiple of any chunk
 
 
 @pytest.fixture(autouse=True)
 def products_as_in_the_commands():
-    """As the commands choose the library; the tests of the questions take the default."""
+    """The commands choose the library of matrix products; the tests of the questions use the default."""
     choose_float32_products()
 
 
-def plain_loss(hidden, weight, labels):
+# --- The chunked loss ---
+
+
+class HiddenStates(torch.nn.Module):
+    """A stand-in for a DecoderLM: its hidden states are a parameter, whatever the input."""
+
+    def __init__(self, hidden, weight):
+        super().__init__()
+        self.hidden = torch.nn.Parameter(hidden)  # (N, D)
+        self.token_embeddings = torch.nn.Embedding.from_pretrained(weight, freeze=False)  # (V, D)
+
+    def hidden_states(self, input_ids):
+        return torch.cat([self.hidden, self.hidden[:1].detach()])[None]  # (1, N + 1, D): the last predicts nothing
+
+    def gradients(self):
+        return self.hidden.grad, self.token_embeddings.weight.grad
+
+
+def random_model(n, std=1.0):
+    """Logits with this standard deviation, and input ids (1, n + 1) with n predictions."""
+    return HiddenStates(torch.randn(n, D), torch.randn(V, D) * std / D**0.5), torch.randint(V, (1, n + 1))
+
+
+def plain_loss(model, input_ids):
     """The definition in float64, and its gradients."""
-    hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    loss = F.cross_entropy(hidden @ weight.T, labels)
+    hidden, weight = (p.detach().double().requires_grad_() for p in model.parameters())
+    loss = F.cross_entropy(hidden @ weight.T, input_ids[0, 1:])
     loss.backward()
     return loss.detach(), hidden.grad, weight.grad
 
@@ -37,159 +62,145 @@ def plain_loss(hidden, weight, labels):
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 101])
 @pytest.mark.parametrize("std", [0.1, 1.0, 8.0, 60.0], ids=lambda std: f"logits of std {std}")
 @pytest.mark.parametrize("rows", [32, 512])
-def test_chunked_loss_equals_the_definition(n, std, rows):
-    """Logits of std 60 leave the range of exp2, so that the maximum has to be taken off; the others do not."""
-    hidden = torch.randn(n, D, requires_grad=True)
-    weight = (torch.randn(V, D) * std / D**0.5).requires_grad_()
-    labels = torch.randint(V, (n,))
-    loss = train._ChunkedCrossEntropy.apply(hidden, weight, labels, rows)
+def test_chunked_loss_equals_the_definition(monkeypatch, n, std, rows):
+    """Logits of std 60 leave the range of exp2, so that the maximum has to be subtracted; the others do not."""
+    monkeypatch.setattr(chunked_loss, "MIN_ROWS", rows)
+    model, input_ids = random_model(n, std)
+    expected, *gradients = plain_loss(model, input_ids)
+    loss = ChunkedLanguageModelingLoss(model)(input_ids)
     (3 * loss).backward()
-    expected, hidden_grad, weight_grad = plain_loss(hidden, weight, labels)
     assert loss.dtype == torch.float32
     # A float32 logit of size 5 std is off by about 5 std 1e-7 sqrt(D); 1e-6 covers one, 4 std in the mean.
     torch.testing.assert_close(loss.double(), expected, atol=1e-5 * max(1, std), rtol=1e-6)
-    for got, want in ((hidden.grad, 3 * hidden_grad), (weight.grad, 3 * weight_grad)):
-        torch.testing.assert_close(got.double(), want, atol=2e-6 * max(1.0, std) * want.abs().max(), rtol=1e-4)
+    for got, right in zip(model.gradients(), gradients, strict=True):
+        atol = 6e-6 * max(1.0, std) * right.abs().max()
+        torch.testing.assert_close(got.double(), 3 * right, atol=atol, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 8), (1, 2), (40, 7)])
+@pytest.mark.parametrize("loss_class", [ChunkedLanguageModelingLoss, LanguageModelingLoss])
+def test_loss_module_of_a_model_equals_the_definition(randomise, loss_class, shape):
+    model = randomise(DecoderLM(11, 6, 2, 8, n_layer=1, p_dropout=0.0))
+    input_ids, parameters = torch.randint(11, shape), list(model.parameters())
+    plain, fast = train.plain_loss(model, input_ids), loss_class(model)(input_ids)
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
+    gradients = (torch.autograd.grad(loss, parameters) for loss in (fast, plain))
+    for got, right in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-5)
 
 
 def test_chunked_loss_is_as_exact_as_the_library_at_std_8():
-    hidden, labels = torch.randn(500, D), torch.randint(V, (500,))
-    weight = torch.randn(V, D) * 8 / D**0.5
-    expected = plain_loss(hidden, weight, labels)[0]
+    model, input_ids = random_model(500, std=8.0)
+    hidden, weight = model.parameters()
+    expected = plain_loss(model, input_ids)[0]
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=128)
-    library = F.linear_cross_entropy(hidden, weight, labels, options=options)
-    ours = train._ChunkedCrossEntropy.apply(hidden, weight, labels, 32)
+    library = F.linear_cross_entropy(hidden, weight, input_ids[0, 1:], options=options)
+    ours = ChunkedLanguageModelingLoss(model)(input_ids)
     one_rounding = expected.item() * 2**-23
     assert abs(ours - expected) <= max(abs(library - expected), 2 * one_rounding)
 
 
 @pytest.mark.parametrize("shift", [-200.0, 200.0])
 def test_chunked_loss_where_all_logits_are_small_or_large(shift):
-    """Without the maximum taken off every exponential would be 0, or infinite, from the second chunk on."""
-    hidden, weight = torch.randn(100, D), torch.randn(V, D)
-    hidden[:, 0], weight[:, 0] = 1.0, 0.0
-    hidden[40:, 1], weight[:, 1] = 1.0, shift
-    hidden[:40, 1] = 0.0
-    labels = torch.randint(V, (100,))
-    expected = plain_loss(hidden, weight, labels)
-    hidden.requires_grad_()
-    loss = train._ChunkedCrossEntropy.apply(hidden, weight, labels, 32)
+    """Without the maximum subtracted every exponential would be 0, or infinite, from the second chunk on."""
+    model, input_ids = random_model(150)
+    with torch.no_grad():
+        hidden, weight = model.parameters()
+        hidden[:, 0], weight[:, 0] = 1.0, 0.0
+        hidden[:70, 1], hidden[70:, 1], weight[:, 1] = 0.0, 1.0, shift
+    expected, hidden_grad, _ = plain_loss(model, input_ids)
+    loss = ChunkedLanguageModelingLoss(model)(input_ids)
     loss.backward()
-    torch.testing.assert_close(loss.double(), expected[0], atol=0, rtol=1e-5)  # float32 logits of 200 have 2e-5
+    torch.testing.assert_close(loss.double(), expected, atol=0, rtol=1e-5)  # float32 logits of 200 have 2e-5
     # The second column sums 5,003 terms of up to shift / n = 2 to exactly 0: rounding leaves 2 · 5e-6 at most.
-    torch.testing.assert_close(hidden.grad.double(), expected[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.hidden.grad.double(), hidden_grad, atol=1e-5, rtol=1e-4)
 
 
-def test_chunked_loss_backward_twice():
-    hidden = torch.randn(40, D, requires_grad=True)
-    weight, labels = torch.randn(V, D, requires_grad=True), torch.randint(V, (40,))
-    loss = train._ChunkedCrossEntropy.apply(hidden, weight, labels, 32)
-    once = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
-    kept = [gradient.clone() for gradient in once]
-    twice = torch.autograd.grad(2 * loss, [hidden, weight])
-    for first, second, copy in zip(once, twice, kept, strict=True):
-        assert torch.equal(2 * first, second)
-        assert torch.equal(first, copy), "the second pass changed what the first one had handed over"
+def test_a_second_backward_pass_of_the_chunked_loss_is_an_error():
+    model, input_ids = random_model(40)
+    loss = ChunkedLanguageModelingLoss(model)(input_ids)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
 
 
-@pytest.mark.parametrize("where", ["hidden", "weight"])
-def test_chunked_loss_passes_on_what_is_not_finite(where):
-    tensors = {"hidden": torch.randn(40, D), "weight": torch.randn(V, D)}
-    tensors[where][7, 3] = float("nan")
-    loss = train._ChunkedCrossEntropy.apply(*tensors.values(), torch.randint(V, (40,)), 32)
-    assert not torch.isfinite(loss)
+@pytest.mark.parametrize("parameter", [0, 1], ids=["hidden states", "embeddings"])
+def test_chunked_loss_passes_on_what_is_not_finite(parameter):
+    model, input_ids = random_model(40)
+    with torch.no_grad():
+        list(model.parameters())[parameter][7, 3] = float("nan")
+    assert not torch.isfinite(ChunkedLanguageModelingLoss(model)(input_ids))
 
 
-def test_loss_never_holds_all_logits():
-    """At V = 50257, 4 x 128 rows of logits are 103 MB; the largest tensor made must be a chunk of 64 rows."""
-    largest = 0
+def test_chunked_loss_is_float32_under_autocast(randomise):
+    model, input_ids = randomise(DecoderLM(11, 6, 2, 8, n_layer=1)).eval(), torch.randint(11, (3, 5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = model.hidden_states(input_ids)
+        loss = ChunkedLanguageModelingLoss(model)(input_ids)
+    assert loss.dtype == torch.float32
+    right = train.compute_language_modeling_loss(input_ids, model.token_logits(hidden.float()))
+    torch.testing.assert_close(loss, right, atol=1e-5, rtol=1e-5)
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
 
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.numel = max(self.numel, value.numel())
+        return result
+
+
+def test_chunked_loss_never_holds_all_logits():
+    """At V = 50257, 4 x 128 rows of logits are 103 MB; the largest tensor must be a chunk of 64 rows."""
     model = DecoderLM(50257, 8, 2, 128, 1)
-    with Watch():
-        train.LanguageModelingLoss(model)(torch.randint(50257, (4, 128))).backward()
-    assert 50257 * 8 <= largest <= 50257 * 64
+    with LargestTensor() as largest:
+        ChunkedLanguageModelingLoss(model)(torch.randint(50257, (4, 128))).backward()
+    assert 50257 * 8 <= largest.numel <= 50257 * 64
+
+
+def test_the_loss_of_each_device():
+    model = DecoderLM(11, 6, 2, 8, n_layer=1)
+    assert type(loss_module(model, torch.device("cpu"), False)) is ChunkedLanguageModelingLoss
+    assert type(loss_module(model, torch.device("meta"), False)) is LanguageModelingLoss
+
+
+# --- Decoding ---
 
 
 @pytest.mark.parametrize("B", [1, 2, 5])
-def test_next_token_logits_equal_the_last_of_all(B):
-    model = DecoderLM(V, D, 3, 16, 2).eval()
-    rows = [torch.randint(V, (length,)).tolist() for length in (7, 3, 6, 1, 7)[:B]]
-    input_ids, mask = left_pad(rows, 0, "cpu")
+def test_last_token_logits_equal_the_last_of_all(B):
+    model, hidden = DecoderLM(V, D, 3, 16, 2), torch.randn(B, 7, D)
+    got, right = last_token_logits(model, hidden), model.token_logits(hidden)[:, -1]
+    torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(16, 11), (16,)], ids=["padded", "one row"])
+def test_cached_steps_equal_the_whole_sequence(randomise, lengths):
+    model = randomise(DecoderLM(V, D, 3, 16, 2)).eval()
+    input_ids, mask = left_pad([torch.randint(V, (n,)).tolist() for n in lengths], 0, "cpu")
+    decoder = CachedDecoder(model)
     with torch.inference_mode():
-        torch.testing.assert_close(
-            model.next_token_logits(input_ids, mask), model(input_ids, mask)[:, -1], atol=1e-5, rtol=1e-5
-        )
+        for n in (9, 10, 13, 16):
+            got = decoder.next_token_logits(input_ids[:, :n], mask[:, :n])
+            right = model(input_ids[:, :n], mask[:, :n])[:, -1]
+            torch.testing.assert_close(got, right, atol=1e-4, rtol=1e-5)  # logits of a few tens
 
 
-def test_cached_steps_equal_the_whole_sequence():
-    model = DecoderLM(V, D, 3, 16, 2).eval()
-    input_ids, mask = left_pad([torch.randint(V, (length,)).tolist() for length in (16, 11)], 0, "cpu")
-    caches = model.kv_caches()
-    with torch.inference_mode():
-        whole = model(input_ids, mask)
-        for start, end in ((0, 9), (9, 10), (10, 13), (13, 16)):
-            hidden = model.hidden_states(input_ids[:, start:end], mask[:, :end], caches=caches)
-            real = mask[:, start:end].bool()
-            torch.testing.assert_close(
-                model.token_logits(hidden)[real], whole[:, start:end][real], atol=1e-5, rtol=1e-5
-            )
+def test_cached_steps_read_each_token_once(randomise):
+    model, rows = randomise(DecoderLM(V, D, 3, 16, 2)).eval(), []
+    model.blocks[0].ff.register_forward_pre_hook(lambda ff, inputs: rows.append(inputs[0].shape[1]))
+    decoder = CachedDecoder(model)
+    for n in (5, 6, 8):
+        decoder.next_token_logits(torch.zeros(2, n, dtype=torch.long), torch.ones(2, n))
+    assert rows == [5, 1, 2]
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_attention_in_groups_equals_attention_of_all(padded, monkeypatch):
-    """Only float32 rounding of the weights' gradients may differ, which are sums over the groups."""
-    mha, x = MultiHeadAttention(D, 3).eval(), torch.randn(5, 7, D, requires_grad=True)
-    mask = torch.ones(5, 7)
-    mask[1, :3] = mask[4, :5] = 0
-    results = []
-    for most in (2**21, 2 * 3 * 7 * 7):  # all at once, then groups of 2, 2 and 1
-        monkeypatch.setattr(model_module, "MOST_SCORES", most)
-        out = mha(x, mask if padded else None)
-        results.append((out, *torch.autograd.grad(out.square().sum(), [x, *mha.parameters()])))
-    for whole, grouped in zip(*results, strict=True):
-        torch.testing.assert_close(grouped, whole, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5])
-@pytest.mark.parametrize("shape", [(1001, 333), (4,)])
-def test_dropout_equals_its_definition(p, shape):
-    """What it keeps is x / (1 - p), the share that it drops is p, and the gradient goes the same way."""
-    dropout, x = Dropout(p), torch.randn(shape, requires_grad=True)
-    out = dropout(x)
-    kept = out != 0
-    torch.testing.assert_close(out[kept], x[kept] / (1 - p), atol=0, rtol=1e-6)
-    out.sum().backward()
-    torch.testing.assert_close(x.grad, kept / (1 - p), atol=0, rtol=1e-6)
-    if x.numel() > 1000:
-        dropped = 1 - kept.float()
-        deviation = (p * (1 - p) / x.numel()) ** 0.5  # of the mean of independent draws
-        assert abs(dropped.mean() - p) < 5 * deviation
-        for step in (1, 2, 3, 4, 333):  # four elements share a draw: neighbours must be independent all the same
-            both = (dropped.flatten()[step:] * dropped.flatten()[:-step]).mean()
-            assert abs(both - p * p) < 10 * deviation * p
-        assert dropped.mean(dim=0).std() < 1.2 * (p * (1 - p) / shape[0]) ** 0.5, "some columns are favoured"
-
-
-def test_dropout_at_its_ends_and_from_its_seed():
-    x = torch.randn(50, dtype=torch.float64)
-    assert torch.equal(Dropout(0.5).eval()(x), x)
-    assert torch.equal(Dropout(0.0)(x), x)
-    assert torch.equal(Dropout(1.0)(x), torch.zeros_like(x))
-    torch.manual_seed(1)
-    first, second = Dropout(0.5)(x), Dropout(0.5)(x)
-    assert first.dtype == torch.float64
-    assert not torch.equal(first, second)
-    torch.manual_seed(1)
-    assert torch.equal(Dropout(0.5)(x), first)
+# --- Compilation ---
 
 
 def test_compile_must_be_true_or_false(tmp_path, capsys):

@@ -65,7 +65,7 @@ def test_the_commands_of_the_guide_grade_a_zip_file(graded, tmp_path):
     (tmp_path / "test.npz").symlink_to(folder / "test.npz")
     with zipfile.ZipFile(tmp_path / "ada.zip", "w") as archive:
         for name in ("model.py", "train.py", "generate.py", "classify.py"):
-            archive.write(ROOT / "tests" / "plain" / name, name)
+            archive.write(ROOT / name, name)
         archive.write(folder / "model.pt", "model.pt")
         archive.write(run.config, "config.yaml")
     (commands,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "grading.md").read_text(), flags=re.DOTALL)

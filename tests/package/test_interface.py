@@ -1,10 +1,11 @@
-"""The shipped package has what the student's tests skip when it is absent (tests/test_*.py without points)."""
+"""The package's own solution has the whole interface, also the extras that a student may leave out."""
 
 import inspect
+from contextlib import nullcontext
 
 import pytest
 import torch
-from points import check_close
+from checks import check_close, check_equal
 
 import classify
 import generate
@@ -12,12 +13,10 @@ import model
 import train
 
 KEYWORD_ONLY = {
-    train.train: {"start_step": 0, "on_step": None},
+    train.train: {"loss_fn": None, "grad_clip": None, "start_step": 0, "on_step": None},
+    train.evaluate: {"loss_fn": None},
     train.sequential_batch_sampler: {"drop_last": True},
     generate.generate: {"top_k": None, "top_p": None},
-    model.DecoderBlock.__init__: {"p_dropout": 0.1},
-    model.DecoderLM.hidden_states: {"caches": None},
-    model.DecoderLM.next_token_logits: {"caches": None},
 }
 
 
@@ -25,16 +24,14 @@ KEYWORD_ONLY = {
 def test_keyword_only_extras(function):
     parameters = inspect.signature(function).parameters
     for name, default in KEYWORD_ONLY[function].items():
-        assert name in parameters, f"{function.__qualname__} has lost {name}"
+        assert name in parameters, f"{function.__qualname__} lacks {name}"
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
         assert parameters[name].default == default
 
 
 def test_extras_are_there():
-    assert issubclass(train.LanguageModelingLoss, torch.nn.Module)
     assert train.StepResult._fields == ("step", "loss", "train_loss", "learning_rate")
     lm = model.DecoderLM(11, 8, 2, 5, 1)
-    assert len(lm.kv_caches()) == 1
     assert lm.hidden_states(torch.tensor([[1, 2]])).shape == (1, 2, 8)
     assert classify.YELP_LABEL_MAP == {0: " bad", 1: " good"}
 
@@ -43,7 +40,7 @@ def test_extras_are_there():
 POSITIONAL = {
     model.MultiHeadAttention: "n_embd n_head p_dropout",
     model.FeedForward: "n_embd p_dropout",
-    model.DecoderBlock: "n_embd n_head",
+    model.DecoderBlock: "n_embd n_head p_dropout",
     model.DecoderLM: "n_vocab n_embd n_head n_positions n_layer p_dropout",
     model.MultiHeadAttention.q_kT_v: "self x",
     model.MultiHeadAttention.self_attention: "self q kT v attention_mask",
@@ -88,6 +85,7 @@ P = [[0.1, 0.4, 0.3, 0.2], [0.7, 0.1, 0.1, 0.1]]
         ({"top_p": 0.75}, [[0, 0.4, 0.3, 0.2], None]),
         ({"top_p": 1e-9}, [[0, 0.4, 0, 0], [0.7, 0, 0, 0]]),  # the likeliest always stays
         ({"top_p": 0.95, "top_k": 1}, [[0, 0.4, 0, 0], [0.7, 0, 0, 0]]),
+        ({"top_p": 1.0}, P),
     ],
     ids=str,
 )
@@ -98,6 +96,12 @@ def test_keep_likely(limits, kept):
             assert row[0] == 0.7 and (row[1:] == 0.1).sum() == 1, f"{limits}: expected two tokens, got {row}"
         else:
             check_close(row, expected, f"keep_likely with {limits}")
+
+
+def test_top_p_1_keeps_every_token():
+    """Rounding takes the cumulative sum of 50,257 probabilities beyond 1 before the last ones."""
+    probs = torch.randn(8, 50257).softmax(dim=-1)
+    assert torch.equal(generate.keep_likely(probs, top_p=1.0), probs)
 
 
 @pytest.fixture
@@ -111,25 +115,40 @@ def test_the_likeliest_token_alone_is_greedy_decoding(lm, ascii_tokenizer, limit
     assert generate.generate(*arguments, 1.3, **limits) == generate.generate(*arguments, 0.0)
 
 
-def test_generation_and_scores_of_a_model_without_the_extras(lm, ascii_tokenizer):
-    class Plain(torch.nn.Module):
-        """What the handout asks of a DecoderLM, and no more."""
+CALLS = {
+    "evaluate": lambda lm, _: train.evaluate(lm, [torch.tensor([[1, 2, 3]])]),
+    "generate": lambda lm, tokenizer: generate.generate(lm, "cpu", tokenizer, ["To be", "or"], 2, 4),
+    "score": lambda lm, tokenizer: classify.score(lm, "cpu", tokenizer, ["To be", "or"], 2),
+}
 
-        def __init__(self, lm):
-            super().__init__()
-            self.lm = lm
-            self.token_embeddings, self.position_embeddings = lm.token_embeddings, lm.position_embeddings
 
-        def forward(self, input_ids, attention_mask=None):
-            return self.lm(input_ids, attention_mask)
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
+def test_the_mode_of_every_module_is_restored(lm, ascii_tokenizer, name, fails):
+    lm.train().blocks[0].eval()
+    before = {name: module.training for name, module in lm.named_modules()}
+    seen = []
 
-    texts = ["To be", "or", "not to be, that is"]
-    for function in (generate.generate, classify.score):
-        ours, plain = (function(m, "cpu", ascii_tokenizer, texts, 2) for m in (lm, Plain(lm)))
-        if function is classify.score:
-            check_close(plain, ours, "scores of a plain model", atol=1e-4)  # logits of a few tens
-        else:
-            assert plain == ours
+    def watch(block, _):
+        seen.append(any(module.training for module in lm.modules()))
+        if fails:
+            raise ZeroDivisionError
+
+    lm.blocks[0].ln_1.register_forward_pre_hook(watch)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        CALLS[name](lm, ascii_tokenizer)
+    assert seen and not any(seen), f"{name}: expected evaluation mode"
+    check_equal({name: module.training for name, module in lm.named_modules()}, before, f"modes after {name}")
+
+
+@pytest.mark.parametrize("batch_size, sizes", [(1, [1] * 5), (2, [2, 2, 1]), (64, [5])])
+def test_score_reads_batch_size_texts_at_once(lm, ascii_tokenizer, batch_size, sizes):
+    got = []
+    lm.blocks[0].register_forward_pre_hook(lambda block, inputs: got.append(len(inputs[0])))
+    classify.score(
+        lm, "cpu", ascii_tokenizer, ["good", "a", "or not", "bad", "a text too long for it"], batch_size
+    )
+    check_equal(got, sizes, f"sizes of the batches of 5 texts, batch_size = {batch_size}")
 
 
 @pytest.mark.parametrize(
@@ -143,6 +162,6 @@ def test_generation_and_scores_of_a_model_without_the_extras(lm, ascii_tokenizer
     ],
     ids=["heads", "negative temperature", "no temperature", "short corpus", "no batch"],
 )
-def test_what_cannot_be_done_is_said(call, sentence):
+def test_impossible_arguments_raise_value_error(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from points import check_close
+from checks import check_close
 
 import train
 from model import DecoderLM

@@ -1,4 +1,4 @@
-"""The table of points: a group gives all or nothing, a skip is neutral, a partial run says that it is one."""
+"""The table of points: a group gives all or nothing, a skip is neutral, a partial run says so."""
 
 import json
 import shutil
@@ -68,8 +68,8 @@ def test_a_deselected_test_leaves_its_group_undecided(run):
 
 def test_a_file_that_does_not_load_costs_only_its_own_groups(run):
     out, points = run(test_train="this is not Python")
-    told = "* test_train.py could not be loaded: *"
-    out.fnmatch_lines(["1.3 * embed * 5 / 5", "2.1 * train * 0 / 4", told, "total * 5 / 25"])
+    reason = "* test_train.py could not be loaded: *"
+    out.fnmatch_lines(["1.3 * embed * 5 / 5", "2.1 * train * 0 / 4", reason, "total * 5 / 25"])
     assert points["score"] == 5
 
 
@@ -82,9 +82,9 @@ def test_loop():
 """
 
 
-def test_files_run_in_the_order_of_the_questions_and_the_model_is_to_be_mended_first(run):
+def test_files_run_in_the_order_of_the_questions_and_the_model_comes_first(run):
     out, _ = run(body="assert False", test_train=TRAIN.format(body="assert False"), test_env="def test_e(): pass")
-    out.fnmatch_lines(["test_env.py .*", "test_model.py .F*", "test_train.py F*", "what is wrong in the model *"])
+    out.fnmatch_lines(["test_env.py .*", "test_model.py .F*", "test_train.py F*", "a mistake in the model *"])
 
 
 def test_a_loop_without_end_fails_its_test_only(run, monkeypatch):

@@ -1,4 +1,4 @@
-"""The plainest right classify.py: what mutants.py breaks, and what fills the starter edition in its test."""
+"""A correct classify.py in its plainest form: the texts go through the model in their order."""
 
 import torch
 

@@ -1,7 +1,7 @@
-"""A right generate.py that keeps the keys and values of earlier tokens by itself, whatever the model offers.
+"""A correct generate.py with a key-value cache that does not call the model's attention.
 
-Positions are absolute: when the window is full and slides, every token gets another position, so from there
-on the whole window is read anew at each step.
+Positions are absolute: when the window is full and slides, every token gets another position, so from then on
+each step reads the whole window.
 """
 
 import torch

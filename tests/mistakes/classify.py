@@ -1,0 +1,85 @@
+"""Common mistakes in classify.py (question 3.4) and what they give, for tests/test_classify.py."""
+
+import torch
+
+# --- score: `rows` are the token ids of each text ---
+
+
+@torch.no_grad()
+def last_logits(model, rows, masks=None):
+    """The logits after each row of token ids, one at a time: N×V. Without masks no token is padding."""
+    masks = masks or [[1.0] * len(row) for row in rows]
+    pairs = zip(rows, masks, strict=True)
+    return torch.stack([model(torch.tensor([row]), torch.tensor([mask]))[0, -1] for row, mask in pairs])
+
+
+@torch.no_grad()
+def score_of_one_text(model, row):
+    right = last_logits(model, [row])
+    wrong = {
+        "probabilities, not logits": right.softmax(-1),
+        "log-probabilities, not logits": right.log_softmax(-1),
+        "the decoder blocks are skipped": model.token_logits(model.ln(model.embed(torch.tensor([row]))))[:, -1],
+    }
+    if len(row) > 1:
+        wrong["the logits of the first position"] = last_logits(model, [row[:1]])
+        wrong["the logits of the last position but one"] = last_logits(model, [row[:-1]])
+    return wrong
+
+
+def score_in_batches(model, rows, batch_size, pad_token):
+    right, order = last_logits(model, rows), sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    longest = [max(map(len, rows[i - i % batch_size :][:batch_size])) for i in range(len(rows))]
+    padding = [[pad_token] * (n - len(row)) for n, row in zip(longest, rows, strict=True)]
+    left = [pad + row for pad, row in zip(padding, rows, strict=True)]
+    right_padded = [row + pad for pad, row in zip(padding, rows, strict=True)]
+    masks = [[1.0] * len(row) + [0.0] * len(pad) for pad, row in zip(padding, rows, strict=True)]
+    return {
+        "the order of the texts is lost: sorted by length": right[order],
+        "the order of the texts is lost: sorted by length, longest first": right[order[::-1]],
+        "padding on the right: the last column is padding": last_logits(model, right_padded, masks),
+        "padding on the right, without an attention_mask": last_logits(model, right_padded),
+        "padding on the left without an attention_mask": last_logits(model, left),
+    }
+
+
+# --- classify_binary_sentiment: the labels that each mistake gives, by the rows' p(positive) ---
+
+SWAPPED = "tokens_of_interest is [negative, positive], here swapped"
+WHOLE_VOCABULARY = "probabilities of the whole vocabulary, not of the two tokens"
+NOT_CALIBRATED = "calibrate ignored: boundary 0.5"
+TIES_ARE_POSITIVE = "a row is 1 where p(positive) > boundary, not >="
+
+LIKELIER_TOKEN = {  # 0.9, 0.2, 0.51, 0.49, 0.7
+    SWAPPED: [0, 1, 0, 1, 0],
+    WHOLE_VOCABULARY: [0, 0, 0, 0, 0],
+    "calibrated though calibrate is False": [1, 0, 0, 0, 1],
+}
+EQUAL_LOGITS = {TIES_ARE_POSITIVE: [1, 1, 1, 0], SWAPPED: [0, 0, 0, 1]}  # 0.5, 0.6, 0.5, 0.4
+BOUNDARY_ABOVE_ONE_HALF = {  # 0.97, 0.55, 0.6, 0.66, 0.62, 0.51, 0.58, 0.98, 0.59
+    NOT_CALIBRATED: [1, 1, 1, 1, 1, 1, 1, 1, 1],
+    "the mean, or the middle of the range, in place of the median": [1, 0, 0, 0, 0, 0, 0, 1, 0],
+    f"{TIES_ARE_POSITIVE}, and not > another quantile": [1, 0, 1, 1, 1, 0, 0, 1, 0],
+    WHOLE_VOCABULARY: [1, 0, 0, 0, 1, 0, 1, 0, 1],
+    SWAPPED: [0, 1, 0, 0, 0, 1, 1, 0, 1],
+}
+BOUNDARY_BELOW_ONE_HALF = {  # 0.1, 0.22, 0.2, 0.45, 0.15, 0.48, 0.12
+    NOT_CALIBRATED: [0, 0, 0, 0, 0, 0, 0],
+    "the mean in place of the median": [0, 0, 0, 1, 0, 1, 0],
+    "calibrated only upwards": [0, 0, 0, 0, 0, 0, 0],
+}
+EVEN_NUMBER = {  # 0.3, 0.9, 0.6, 0.2
+    "the upper middle value: torch.median is the lower one": [0, 1, 0, 0],
+    TIES_ARE_POSITIVE: [1, 1, 1, 0],
+}
+EQUAL_ROWS = {  # 0.8 five times
+    f"{TIES_ARE_POSITIVE}; or calibrate ignored": [1, 1, 1, 1, 1],
+    "ties broken by order: equal rows must get equal labels": [0, 0, 0, 1, 1],
+    "ties broken by order, the first ones positive": [1, 1, 0, 0, 0],
+}
+MOSTLY_EQUAL_ROWS = {  # 0.7, 0.3, 0.7, 0.7
+    "ties broken by order: half of the rows are made positive": [1, 0, 1, 0],
+    TIES_ARE_POSITIVE: [1, 0, 1, 1],
+    NOT_CALIBRATED: [1, 0, 1, 1],
+}
+LARGE_LOGITS = {"exp overflows: use torch's softmax": [0, 0]}

@@ -1,0 +1,237 @@
+"""Common mistakes in model.py (question 1.3) and the values they give, for tests/test_model.py."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def split_heads(x, n_head):
+    """(B, S, D) -> (B, H, S, HD): head h takes the features h HD to (h + 1) HD - 1."""
+    return torch.stack(x.chunk(n_head, dim=-1), dim=1)
+
+
+def merge_heads(heads):
+    """(B, H, S, HD) -> (B, S, D), the features of head 0 first."""
+    return torch.cat(heads.unbind(dim=1), dim=-1)
+
+
+def attention(q, kT, v, visible=None, scale=None):
+    """The reference: PyTorch's own attention, heads merged. `visible` broadcasts to (B, H, S, S)."""
+    return merge_heads(F.scaled_dot_product_attention(q, kT.transpose(2, 3), v, attn_mask=visible, scale=scale))
+
+
+def _causal(S):
+    return torch.ones(S, S, dtype=torch.bool).tril()
+
+
+# --- q_kT_v ---
+
+
+def _wrong_splits(x, n_head):
+    B, S, D = x.shape
+    return {
+        "heads interleaved: head h takes features h·HD to (h+1)·HD - 1": (
+            x.view(B, S, D // n_head, n_head).permute(0, 3, 1, 2)
+        ),
+        "a view to (B, H, S, HD) mixes tokens and heads: split the last axis, then transpose": (
+            x.view(B, n_head, S, D // n_head)
+        ),
+    }
+
+
+def queries(q, k, v, n_head):
+    """q, k and v: what the three linear layers give, (B, S, D)."""
+    right = split_heads(q, n_head)
+    return _wrong_splits(q, n_head) | {
+        "keys in place of queries": split_heads(k, n_head),
+        "q already scaled": right / math.sqrt(right.shape[-1]),
+    }
+
+
+def keys(q, k, v, n_head):
+    right = split_heads(k, n_head)
+    wrong = {name: value.transpose(2, 3) for name, value in _wrong_splits(k, n_head).items()}
+    return wrong | {
+        "a view to (HD, S) in place of a transpose": right.reshape(right.transpose(2, 3).shape),
+        "k, not yet transposed": right,
+        "queries in place of keys": split_heads(q, n_head).transpose(2, 3),
+    }
+
+
+def values(q, k, v, n_head):
+    return _wrong_splits(v, n_head) | {
+        "keys in place of values": split_heads(k, n_head),
+        "queries in place of values": split_heads(q, n_head),
+    }
+
+
+def projected(mha, x, name):
+    """name: "q", "k" or "v"."""
+    layers = {"q": mha.q_attn, "k": mha.k_attn, "v": mha.v_attn}
+    wrong = {f"{other}_attn used for {name}": layers[other](x) for other in layers if other != name}
+    wrong[f"the bias of {name}_attn is left out"] = layers[name](x) - layers[name].bias
+    return {text: split_heads(value, mha.n_head) for text, value in wrong.items()}
+
+
+# --- self_attention, projection, forward ---
+
+
+def sums_of_weights(q, kT):
+    """Attention over values that are all 1."""
+    B, H, S, HD = q.shape
+    scores, causal = q @ kT / math.sqrt(HD), _causal(S)
+
+    def sums(weights):
+        return merge_heads(weights.sum(dim=-1, keepdim=True).expand(B, H, S, HD))
+
+    return {
+        "softmax runs over the queries, it must run over the keys": (
+            sums(scores.masked_fill(~causal, -torch.inf).softmax(-2))
+        ),
+        "softmax runs over the heads, it must run over the keys": sums(scores.softmax(1) * causal),
+        "masked after softmax: mask the scores before it": sums(scores.softmax(-1) * causal),
+        "the causal mask is strict: a token must see itself": (
+            torch.ones(B, S, H * HD).index_fill(1, torch.tensor([0]), 0.0)
+        ),
+    }
+
+
+def self_attention(q, kT, v):
+    B, H, S, HD = q.shape
+    causal = _causal(S)
+    strict = causal.tril(-1)
+    heads = split_heads(attention(q, kT, v, causal), H)
+    # A first token that sees no key averages all values when its scores all have the same lowest value.
+    first_sees_all = torch.where(strict.any(dim=1, keepdim=True), strict.float().log(), 0.0)
+    q_0 = torch.cat([torch.zeros_like(q[:, :, :1]), q[:, :, 1:]], dim=2)
+    return {
+        "no causal mask: tokens see the tokens after them": attention(q, kT, v),
+        "the causal mask is transposed": attention(q, kT, v, causal.T),
+        "the causal mask is strict: a token must see itself": attention(q, kT, v, strict),
+        "the causal mask is strict, and the first token sees all": attention(q_0, kT, v, first_sees_all),
+        "masked scores are 0: make them -inf, or the lowest number, before softmax": (
+            merge_heads((q @ kT / math.sqrt(HD)).masked_fill(~causal, 0.0).softmax(-1) @ v)
+        ),
+        "the scores are not scaled by 1/sqrt(HD)": attention(q, kT, v, causal, scale=1.0),
+        "the scores are multiplied by sqrt(HD), not divided": attention(q, kT, v, causal, scale=HD**0.5),
+        "the scores are scaled twice": attention(q, kT, v, causal, scale=1 / HD),
+        "the scores are scaled by 1/sqrt(D), not 1/sqrt(HD)": attention(q, kT, v, causal, scale=(H * HD) ** -0.5),
+        "heads merged without a transpose back to (B, S, H, HD)": heads.reshape(B, S, H * HD),
+        "heads interleaved in the result": heads.permute(0, 2, 3, 1).reshape(B, S, H * HD),
+    }
+
+
+def attention_with_padding(q, kT, v, mask):
+    causal, keys = _causal(q.shape[2]), mask[:, None, None, :].bool()
+    return {
+        "attention_mask ignored": attention(q, kT, v, causal),
+        "padding masked on the queries, not on the keys": (
+            attention(q, kT, v, causal & keys.transpose(2, 3)).nan_to_num()
+        ),
+        "attention_mask inverted: 1.0 is a real token": attention(q, kT, v, causal & ~keys).nan_to_num(),
+        "the causal mask is lost where attention_mask is given": attention(q, kT, v, keys),
+        "row 0's mask is used for every row": attention(q, kT, v, causal & keys[:1]).nan_to_num(),
+        "attention_mask added to the scores as it is": (
+            attention(q, kT, v, torch.where(causal, mask[:, None, None, :], -torch.inf))
+        ),
+    }
+
+
+def query_without_any_key(v):
+    """v (H, S, HD): the values of one row, of whose tokens the first sees no key."""
+    return {
+        "all keys at the same lowest score, so softmax averages every value": v.mean(dim=1).flatten(),
+        "padding sees itself": v[:, 0].flatten(),
+    }
+
+
+# --- FeedForward, DecoderBlock ---
+
+ACTIVATIONS = {
+    "ReLU in place of GELU": lambda u: max(u, 0.0),
+    "the tanh approximation of GELU: the exact one uses erf": (
+        lambda u: 0.5 * u * (1 + math.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+    ),
+    "SiLU in place of GELU": lambda u: u / (1 + math.exp(-u)),
+    "no activation": lambda u: u,
+}
+
+
+@torch.no_grad()
+def residual_stream(block, x, a, c):
+    """A block whose attention always adds a and whose feed-forward always adds c."""
+    return {
+        "no residual connection around the attention": (a + c).expand_as(x),
+        "no residual connection around the feed-forward": c.expand_as(x),
+        "the feed-forward adds to x, and the attention's part is lost": x + c,
+        "the feed-forward is left out": x + a,
+        "x is added twice": 2 * x + a + c,
+        "LayerNorm after the addition (post-LN): it belongs before each sublayer": (
+            block.ln_2(block.ln_1(x + a) + c)
+        ),
+        "LayerNorm after the whole block": block.ln_2(x + a + c),
+        "LayerNorm on the residual stream: x is replaced by ln_1(x)": block.ln_1(x) + a + c,
+    }
+
+
+# --- DecoderLM ---
+
+
+def embedding(lm, ids):
+    token, position = lm.token_embeddings.weight[ids], lm.position_embeddings.weight
+    B, S, D = token.shape
+    return {
+        "no positions": token,
+        "positions start at 1, not 0": token + position[1 : S + 1],
+        "positions without tokens": position[:S].expand(B, S, D),
+        "one position for all tokens of a row": token + position[:1],
+        "token embeddings scaled by sqrt(D)": token * math.sqrt(D) + position[:S],
+    }
+
+
+def embedding_with_padding(lm, ids, mask):
+    token, position = lm.token_embeddings.weight[ids], lm.position_embeddings.weight
+    real_tokens, columns = mask.long().cumsum(dim=1), torch.arange(ids.shape[1])
+    wrong = {
+        "attention_mask ignored: positions count the padding": token + position[columns],
+        "positions start at 1: cumsum(mask) counts the token itself": token + position[real_tokens],
+        "no positions": token,
+    }
+    left_only = (columns - mask.argmax(dim=1, keepdim=True)).clamp(min=0)
+    if (left_only != real_tokens - 1)[mask.bool()].any():
+        wrong["only the padding on the left is counted off"] = token + position[left_only]
+    return wrong
+
+
+def initial_std(writes_residual, n_layer, fan_in):
+    residual_std = 0.02 / math.sqrt(2 * n_layer)
+    wrong = {
+        "torch's default initialisation": 1 / math.sqrt(3 * fan_in),
+        "N(0, 1), torch's default of embeddings": 1.0,
+        "n_layer in place of 2·n_layer": 0.02 / math.sqrt(n_layer),
+    }
+    if writes_residual:
+        return wrong | {"no 1/sqrt(2·n_layer) for mha.proj and ff.linear_out: do their names match?": 0.02}
+    return wrong | {"the smaller start belongs to mha.proj and ff.linear_out only": residual_std}
+
+
+def without_blocks(lm, ids):
+    """Logits of a model whose blocks all add nothing."""
+    zeros_masked = (ids != 0).float()
+    return {
+        "the final ln is skipped": lm.token_logits(lm.embed(ids)),
+        "token 0 is taken for padding: only attention_mask says what is": (
+            lm.token_logits(lm.ln(lm.embed(ids, zeros_masked)))
+        ),
+    }
+
+
+def left_padding(lm, ids, mask):
+    x = lm.embed(ids)
+    for block in lm.blocks:
+        x = block(x, mask)
+    return {
+        "attention_mask ignored": lm(ids),
+        "embed does not get attention_mask": lm.token_logits(lm.ln(x)),
+    }

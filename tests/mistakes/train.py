@@ -1,0 +1,182 @@
+"""Common mistakes in train.py (question 2.1) and the values they give, for tests/test_train.py."""
+
+import math
+
+import torch
+
+# --- samplers ---
+
+# A corpus 0, 1, 2, … in batches of 3 rows of 5 tokens.
+SEQUENTIAL_BATCHES = {
+    "rows overlap: each starts on the last token of the one before": [
+        [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [8, 9, 10, 11, 12]],
+        [[12, 13, 14, 15, 16], [16, 17, 18, 19, 20], [20, 21, 22, 23, 24]],
+    ],
+    "rows run through the batches; they must follow one another within a batch": [
+        [[0, 1, 2, 3, 4], [10, 11, 12, 13, 14], [20, 21, 22, 23, 24]],
+        [[5, 6, 7, 8, 9], [15, 16, 17, 18, 19], [25, 26, 27, 28, 29]],
+    ],
+    "the first batch again": torch.arange(15).view(3, 5).expand(2, 3, 5),
+}
+
+# --- cosine_lr_schedule: warm-up in steps 0 to 3, annealing from 1.0 to 0.2 in steps 4 to 11 ---
+
+WARM_UP = {  # steps 0, 1, 2, 3
+    "warm-up one step early: (t + 1) / a": [0.25, 0.5, 0.75, 1.0],
+    "warm-up reaches the peak one step early: t / (a - 1)": [0, 1 / 3, 2 / 3, 1.0],
+    "warm-up from min_lr: it starts at 0": [0.2, 0.4, 0.6, 0.8],
+    "warm-up from min_lr with the slope of max_lr": [0.2, 0.45, 0.7, 0.95],
+    "no warm-up": [1.0, 1.0, 1.0, 1.0],
+}
+ANNEALING = {  # steps 4, 6, 8, 10, 11
+    "the cosine counts from step 0, not from the end of warm-up": [0.8, 0.6, 0.4, 0.253590, 0.213630],
+    "the cosine is b steps long, not b - a": [1.0, 0.946410, 0.8, 0.6, 0.496472],
+    "min_lr reached one step early: (t - a) / (b - a - 1)": [1.0, 0.849396, 0.510992, 0.239612, 0.2],
+    "the cosine starts one step early": [0.969552, 0.753073, 0.446927, 0.230448, 0.2],
+    "decay to 0, not to min_lr": [1.0, 0.853553, 0.5, 0.146447, 0.038060],
+    "amplitude max_lr, not max_lr - min_lr": [1.2, 1.053553, 0.7, 0.346447, 0.238060],
+    "a linear decay": [1.0, 0.8, 0.6, 0.4, 0.3],
+    "a whole cosine": [1.0, 0.6, 0.2, 0.6, 0.882843],
+    "a quarter of a cosine": [1.0, 0.939104, 0.765685, 0.506147, 0.356072],
+    "a rising cosine": [0.2, 0.317157, 0.6, 0.882843, 0.969552],
+    "the factor 1/2 of the cosine is missing": [1.8, 1.565685, 1.0, 0.434315, 0.260896],
+}
+AFTER_THE_END = {  # steps 12, 13, 20, 60
+    "the cosine goes on after num_training_steps": [0.2, 0.230448, 1.0, 0.2],
+    "0 after num_training_steps": [0.0, 0.0, 0.0, 0.0],
+}
+
+# --- compute_language_modeling_loss ---
+
+
+def loss(input_ids, logits):
+    B, S = input_ids.shape
+
+    def costs(offset, logits=logits):
+        """Of each position s the nats it costs to predict the token at s + offset: (B, S - |offset|)."""
+        nats, positions = -logits.log_softmax(-1), [s for s in range(S) if 0 <= s + offset < S]
+        return torch.stack([nats[:, s].gather(1, input_ids[:, [s + offset]])[:, 0] for s in positions], dim=1)
+
+    right, after_the_end = costs(1), -logits[:, -1].log_softmax(-1)
+    return {
+        "logits and labels not shifted: each token predicts itself": costs(0).mean(),
+        "shifted the wrong way: each token predicts the one before": costs(-1).mean(),
+        "summed, not averaged": right.sum(),
+        "divided by B·S, though there are B·(S - 1) predictions": right.sum() / (B * S),
+        "divided by B only": right.sum() / B,
+        "the first position's prediction is lost": right[:, 1:].mean(),
+        "the last prediction is lost": right[:, :-1].mean(),
+        "labels padded with token 0 and the padding counted": torch.cat(
+            [right, after_the_end[:, :1]], dim=1
+        ).mean(),
+        "labels rolled: the last position predicts the first token": (
+            torch.cat([right, after_the_end.gather(1, input_ids[:, :1])], dim=1).mean()
+        ),
+        "in bits, not in nats": right.mean() / math.log(2),
+        "softmax before the cross entropy, which has one inside": costs(1, logits.softmax(-1)).mean(),
+        "the sign": -right.mean(),
+    }
+
+
+# Which positions' logits get a gradient.
+POSITIONS_USED = {
+    "the first position's logits are unused": [[0, 1, 1, 1]] * 2,
+    "the last position's logits are used, but nothing follows them": [[1, 1, 1, 1]] * 2,
+}
+
+# --- train ---
+
+
+def gradient(of, batches, previous=None):
+    """of(batches): the gradient of their mean loss; previous: the gradient of the step before, if there is one."""
+    right, n = of(batches), len(batches)
+    wrong = {"clipped to norm 1, which nobody asked for": right / right.norm()}
+    if previous is not None:
+        wrong["gradients are not cleared between the steps"] = right + previous
+    if n > 1:
+        first, last = of(batches[:1]), of(batches[-1:])
+        wrong |= {
+            "the losses are not divided by grad_accumulation_steps": n * right,
+            "gradients cleared inside the accumulation loop, only the last micro-batch is left": last / n,
+            "only the last micro-batch is used": last,
+            "only the first micro-batch is used": first,
+            "the loss is divided twice by grad_accumulation_steps": right / n,
+        }
+    return wrong
+
+
+def learning_rates(schedule, at_start):
+    """Steps 0 to 3 with schedule[t] at step t; at_start: the optimizer's own rate."""
+    return {
+        "the learning rate is never set": [at_start] * 4,
+        "lr set after the optimizer's step: one step late": [at_start, *schedule[:3]],
+        "lr one step late: schedule(step - 1)": [schedule[-1], *schedule[:3]],
+        "lr one step late, the first one twice": [schedule[0], *schedule[:3]],
+        "steps counted from 1: the first one is step 0": schedule[1:5],
+        "lr set once, before the loop": schedule[:1] * 4,
+    }
+
+
+def running_mean(losses, window, per_step=1):
+    """After each step the mean of the last `window` losses; `per_step` of them belong to a step."""
+    ends = range(per_step, len(losses) + 1, per_step)
+    parts = [losses[max(0, end - window) : end] for end in ends]
+    return [sum(part) / len(part) for part in parts]
+
+
+def logged_loss(losses, per_step):
+    """losses: those of all micro-batches, `per_step` of them to a step."""
+
+    def mean_of_last(steps):
+        return running_mean(losses, steps * per_step, per_step)
+
+    wrong = {
+        "the mean over all steps: it is over the last 20": mean_of_last(10**6),
+        "the loss of the step alone: it is the mean over the last 20 steps": mean_of_last(1),
+        "the mean over the last 19 steps: it is over 20": mean_of_last(19),
+        "the mean over the last 21 steps: it is over 20": mean_of_last(21),
+    }
+    if per_step > 1:
+        wrong |= {
+            "the losses divided by grad_accumulation_steps are reported": [m / per_step for m in mean_of_last(20)],
+            "the mean over 20 micro-batches: it is over 20 steps": running_mean(losses, 20, per_step),
+            "the loss of the last micro-batch": running_mean(losses, 1, per_step),
+            "each step's last micro-batch alone: it is the mean of all of them": (
+                running_mean(losses[per_step - 1 :: per_step], 20)
+            ),
+        }
+    return wrong
+
+
+def logged_rate(n_steps, per_step):
+    """Where the rate of step t is t + 1."""
+    wrong = {
+        "the learning rate of the step before": range(n_steps),
+        "of the step after": range(2, n_steps + 2),
+    }
+    if per_step > 1:
+        micro_batches = range(1, per_step * n_steps, per_step)
+        wrong["lr_schedule gets the number of micro-batches, not of steps"] = micro_batches
+    return wrong
+
+
+# --- evaluate ---
+
+
+def validation_loss(first, second):
+    """The mean losses of a batch of 3×6 and one of 1×4 tokens: 15 and 3 predictions."""
+    return {
+        "the mean of the batches' means: batches differ in size": (first + second) / 2,
+        "weighted by rows": (3 * first + second) / 4,
+        "weighted by tokens, not by predictions": (18 * first + 4 * second) / 22,
+        "summed": first + second,
+        "only the last batch": second,
+        "the logarithm of the mean perplexity": math.log((15 * math.exp(first) + 3 * math.exp(second)) / 18),
+    }
+
+
+def validation_perplexity(first, second):
+    return {
+        "perplexity in base 2: the loss is in nats": 2 ** ((15 * first + 3 * second) / 18),
+        "the mean of the batches' perplexities": (math.exp(first) + math.exp(second)) / 2,
+    }
