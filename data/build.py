@@ -24,7 +24,7 @@ DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
 
 from support.corpus import read_tokens  # noqa: E402
-from support.errors import check, exit_on_user_error  # noqa: E402
+from support.errors import exit_on_user_error, require  # noqa: E402
 from support.files import atomic_file  # noqa: E402
 from support.text import read_jsonl  # noqa: E402
 from support.tokenizer import get_tokenizer  # noqa: E402
@@ -108,7 +108,7 @@ def build_mixture(dump: Path) -> None:
     """data/heldout-wikipedia.npz, and the folder with what the final model trains on and is evaluated on."""
     pages = dict(wikipedia_pages(gzip.open(dump, "rt", encoding="utf-8", errors="ignore").read()))
     titles = [line for line in HELD_OUT_TITLES.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
-    check(pages.keys() >= set(titles), f"{dump} does not contain all pages of {HELD_OUT_TITLES.name}")
+    require(pages.keys() >= set(titles), f"{dump} does not contain all pages of {HELD_OUT_TITLES.name}")
     held_out = [pages.pop(title) for title in titles]
     c4_train, c4_val = read_tokens(SAMPLE, get_tokenizer().n_vocab)
     training = without_overlap(pages.values(), held_out + decode_documents(c4_val))
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE")
     args = parser.parse_args(argv)
     with exit_on_user_error():
-        check(args.source.is_file(), f"{args.source}: no such file")
+        require(args.source.is_file(), f"{args.source}: no such file")
         (build_sample if args.what == "sample" else build_mixture)(args.source)
 
 
