@@ -35,12 +35,12 @@ MIXTURE = DATA.parent / "outputs/report/mixture"
 SEED = 42
 N_VAL_TOKENS = 100_000  # of the sample
 N_WORDS = 13  # as in the contamination check of GPT-3 (Brown et al. 2020, appendix C)
-C4_REPEATS = 4  # a third of the mixture is then C4; up to about 4 epochs repeated data are worth nearly as
-# much as new data, and beyond that they lose value slowly (Muennighoff et al. 2023)
+C4_REPEATS = 4  # then a third of the mixture is C4. Up to about four passes over the same text are worth nearly
+# as much as new text, and further ones still help, but less and less (Muennighoff et al. 2023).
 
 
 def encode(text: str) -> np.ndarray:
-    """The tokens of a document, <|endoftext|> at the end."""
+    """The tokens of a document, followed by <|endoftext|>."""
     tokenizer = get_tokenizer()
     return np.array([*tokenizer.encode_ordinary(text), tokenizer.eot_token], dtype=np.uint16)
 
@@ -75,8 +75,10 @@ def build_sample(source: Path) -> None:
         n_val += 1
     held_out, rest = texts[:n_val], texts[n_val:]
     training = without_overlap(rest, held_out)
-    print(f"{len(training):,} documents to train on, {n_val:,} held out; "
-          f"{len(rest) - len(training)} left out because they overlap with a held-out one")
+    print(
+        f"{len(training):,} documents to train on, {n_val:,} held out; "
+        f"{len(rest) - len(training)} left out because they overlap with a held-out one"
+    )
     write_npz(SAMPLE, train=concatenate(training), val=concatenate(held_out))
 
 
@@ -106,18 +108,21 @@ def remove_innermost_first(pattern: str, text: str) -> str:
 
 def build_mixture(dump: Path) -> None:
     """data/heldout-wikipedia.npz, and the folder with what the final model trains on and is evaluated on."""
-    pages = dict(wikipedia_pages(gzip.open(dump, "rt", encoding="utf-8", errors="ignore").read()))
+    with gzip.open(dump, "rt", encoding="utf-8", errors="ignore") as file:
+        pages = dict(wikipedia_pages(file.read()))
     titles = [line for line in HELD_OUT_TITLES.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
     require(pages.keys() >= set(titles), f"{dump} does not contain all pages of {HELD_OUT_TITLES.name}")
     held_out = [pages.pop(title) for title in titles]
     c4_train, c4_val = read_tokens(SAMPLE, get_tokenizer().n_vocab)
     training = without_overlap(pages.values(), held_out + decode_documents(c4_val))
     c4 = without_overlap(decode_documents(c4_train), held_out)
-    print(f"{len(training):,} pages to train on, {len(held_out)} held out; {len(pages) - len(training)} pages and "
-          f"{len(decode_documents(c4_train)) - len(c4)} documents of C4 left out because they overlap")
+    print(
+        f"{len(training):,} pages to train on, {len(held_out)} held out; {len(pages) - len(training)} pages and "
+        f"{len(decode_documents(c4_train)) - len(c4)} documents of C4 left out because they overlap"
+    )
     write_npz(HELD_OUT, val=concatenate(held_out))
     documents = [encode(text) for text in training + c4]
-    order = [*range(len(training)), *[*range(len(training), len(documents))] * C4_REPEATS]
+    order = list(range(len(training))) + C4_REPEATS * list(range(len(training), len(documents)))
     random.Random(SEED).shuffle(order)
     MIXTURE.mkdir(parents=True, exist_ok=True)
     for split, tokens in (("train", np.concatenate([documents[i] for i in order])), ("val", c4_val)):
