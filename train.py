@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     from support.run import TrainingRun
     from support.setup import open_setup
 
-    with open_setup(args.config, args.set, args.data) as setup:
+    with open_setup(args.config, args.set, args.data, bool(args.evaluate)) as setup:
         c, corpus, tokenizer, device = setup.config, setup.corpus, setup.tokenizer, setup.device
         torch.manual_seed(c.seed)
         model = DecoderLM(tokenizer.n_vocab, **vars(c.model_config)).to(device)
