@@ -150,10 +150,9 @@ def train(
     Each step sets lr_schedule(step), draws grad_accumulation_steps micro-batches (B, S) and updates the
     weights once with the gradient of their mean loss, clipped to norm grad_clip if given.
 
-    loss_fn maps input_ids to the model's loss; by default it is plain_loss. A
-    resumed run passes start_step and, for the running mean, previous_losses. on_step is called
-    after each step. Raises FloatingPointError, before the weights change, if the loss or the gradient is
-    not finite.
+    loss_fn maps input_ids to the model's loss (default: plain_loss). A resumed run passes start_step and, for
+    the running mean, previous_losses. on_step is called after each step. Raises FloatingPointError, before
+    the weights change, if the loss or the gradient is not finite.
     """
     loss_fn = loss_fn or partial(plain_loss, model)
     batches = iter(batch_sampler)
