@@ -135,7 +135,7 @@ def graded_lines() -> set[str]:
     return {line for line in graded - given if len(line) > 24}
 
 
-# In support/chunked_loss.py, which students train with; the docstring of the graded function states the shift, too.
+# In support/chunked_loss.py, which students train with; the docstring of the graded function states the shift.
 GIVEN_ANYWAY = {"labels=input_ids[:,1:].flatten()"}
 
 
