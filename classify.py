@@ -10,8 +10,6 @@ Each review is put into a template that ends just before the verdict; the model 
 Shapes: N texts, B of them in a batch, S tokens in each, V vocabulary size.
 """
 
-import argparse
-
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -72,13 +70,13 @@ def classify_binary_sentiment(
 
 def main(argv: list[str] | None = None) -> None:
     """Classify reviews, print both accuracies and write classification.json and .png beside the model."""
-    from support.arguments import positive_int
+    from support.arguments import ArgumentParser, positive_int
     from support.checkpoint import load_trained_model
     from support.classification import report_classification, show_classification_header
     from support.errors import exit_on_user_error
     from support.reviews import load_reviews
 
-    parser = argparse.ArgumentParser(description="Call reviews good or bad with a trained language model.")
+    parser = ArgumentParser(description="Call reviews good or bad with a trained language model.")
     parser.add_argument("checkpoint", nargs="?", help="model.pt to use (default: the newest in outputs/)")
     parser.add_argument("--config", help="training YAML of the model; it is then <output_dir>/model.pt")
     parser.add_argument("--calibrate", action="store_true", help="write the calibrated predictions")

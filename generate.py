@@ -8,7 +8,6 @@ Shapes: B sequences in a batch, S tokens in each, V vocabulary size, P the longe
 model can read (n_positions).
 """
 
-import argparse
 from contextlib import contextmanager
 
 import torch
@@ -178,13 +177,13 @@ def generate(
 
 def main(argv: list[str] | None = None) -> None:
     """Continue the prefixes of a file, print the texts and write generation.jsonl beside the checkpoint."""
-    from support.arguments import positive_int, probability_mass, temperature
+    from support.arguments import ArgumentParser, positive_int, probability_mass, temperature
     from support.checkpoint import load_trained_model
     from support.errors import exit_on_user_error
     from support.generation import report_texts, show_generation_header
     from support.prefixes import read_prefixes
 
-    parser = argparse.ArgumentParser(description="Continue prompts with a trained language model.")
+    parser = ArgumentParser(description="Continue prompts with a trained language model.")
     parser.add_argument("--prefixes", help="JSON list or JSON lines (default: prefixs.json)")
     parser.add_argument("--config", help="training YAML of the model; it is then <output_dir>/model.pt")
     parser.add_argument("--checkpoint", help="model.pt to use (default: the newest in outputs/)")

@@ -120,13 +120,14 @@ class StepResult(NamedTuple):
     learning_rate: float
 
 
-def log_to_wandb(result: StepResult) -> None:
-    """Log one step to the active W&B run, if there is one. If that fails, warn and keep training."""
-    if wandb.run is not None:
-        try:
-            wandb.log({"train-loss": result.train_loss, "learning-rate": result.learning_rate}, step=result.step)
-        except Exception as error:
-            warnings.warn(f"W&B could not log a step ({error})", stacklevel=2)
+def log_to_wandb(result: StepResult) -> bool:
+    """Log one step to the active W&B run. If that fails, warn and return False: training goes on without."""
+    try:
+        wandb.log({"train-loss": result.train_loss, "learning-rate": result.learning_rate}, step=result.step)
+    except Exception as error:
+        warnings.warn(f"W&B stopped logging at step {result.step} ({error})", stacklevel=2)
+        return False
+    return True
 
 
 def train(
@@ -157,6 +158,7 @@ def train(
     loss_fn = loss_fn or partial(plain_loss, model)
     batches = iter(batch_sampler)
     recent_losses = deque(previous_losses, maxlen=RUNNING_MEAN_STEPS)
+    logs_to_wandb = wandb.run is not None
     model.train()
     for step in range(start_step, num_training_steps):
         learning_rate = lr_schedule(step)
@@ -183,7 +185,8 @@ def train(
         recent_losses.append(step_loss)
         train_loss = sum(recent_losses) / len(recent_losses)
         result = StepResult(step, step_loss, train_loss, learning_rate)
-        log_to_wandb(result)
+        if logs_to_wandb:
+            logs_to_wandb = log_to_wandb(result)
         if on_step is not None:
             on_step(result)
 
@@ -231,7 +234,9 @@ def training_flops(
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line; argv None reads sys.argv."""
-    parser = argparse.ArgumentParser(description="Train the language model from a YAML file.")
+    from support.arguments import ArgumentParser
+
+    parser = ArgumentParser(description="Train the language model from a YAML file.")
     parser.add_argument("config", help="YAML file, such as configs/GPT-tiny.yaml")
     parser.add_argument("--data", help="tokens, a text or jsonl file, 'c4' or 'sample' (overrides the key data)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the YAML")
@@ -269,6 +274,7 @@ def main(argv: list[str] | None = None) -> None:
             model.parameters(), betas=(0.9, 0.95), weight_decay=c.weight_decay, fused=setup.hardware.fused
         )
         flops = training_flops(model, c.num_training_steps, c.grad_accumulation_steps, setup.batch_size, c.seq_len)
+        distributed_loss_fn = setup.distribute(loss_fn)
         run = TrainingRun(setup, model, optimizer, flops)
         run.show_header(f"train {args.config}")
         with run.open(args.fresh, args.dry_run):
@@ -280,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
                 setup.autocast,
                 run.end_step,
                 c.grad_accumulation_steps,
-                loss_fn=setup.distribute(loss_fn),
+                loss_fn=distributed_loss_fn,
                 grad_clip=c.grad_clip,
                 start_step=run.progress.next_step,
                 previous_losses=run.progress.recent_losses,

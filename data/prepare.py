@@ -2,19 +2,18 @@
 
     python data/prepare.py texts.jsonl.gz tokens                   then: python train.py CONFIG --data tokens
     python data/prepare.py hf:allenai/c4 tokens --config en --tokens 1000000000
-    python data/prepare.py pages.jsonl.gz part.npz --tokens 1000000       also writes part_titles.txt
+    python data/prepare.py texts.jsonl.gz part.npz --tokens 1000000
     python data/prepare.py reviews.jsonl sample.jsonl --reviews 1000
 
 SOURCE is a .jsonl or .jsonl.gz with a field `text`, a text file (documents separated by `<|endoftext|>`), or
 hf:NAME, the train split of a dataset of the Hugging Face Hub with a column `text`, streamed as far as needed.
 OUT is a folder, which training memory-maps, or an .npz. The tokens are kept on disk, not in memory. The same
-command gives the same files. data/README.md has the commands of the bundled ones.
+command gives the same files. data/build.py makes the token files that come with the package.
 """
 
 import argparse
 import json
 import random
-import re
 import sys
 import zipfile
 from array import array
@@ -38,32 +37,6 @@ from support.tokenizer import get_tokenizer  # noqa: E402
 
 SEED = 42
 HUB = "hf:"
-TITLES_HEADER = "# Documents in the token file of this name, as split, tab, title; licence: see README.md\n"
-
-
-def cut_at_sentence(text: str, max_chars: int) -> str:
-    """At most `max_chars` characters of `text`, up to a sentence that ends a line or else any sentence."""
-    if len(text) <= max_chars:
-        return text
-    for end in (r"[.!?](?=\n)", r"[.!?](?=\s)"):
-        cuts = [match.end() for match in re.finditer(end, text[: max_chars + 1])]
-        if cuts and cuts[-1] > max_chars // 2:
-            return text[: cuts[-1]]
-    return text[:max_chars]
-
-
-def is_prose(title: str, text: str) -> bool:
-    """Whether a page consists of sentences: no stub, list, calendar page, table, formulas or references."""
-    lines = [line.rstrip() for line in text.splitlines()]
-    in_sentences = sum(len(line) for line in lines if len(line) > 80 and line.endswith((".", '"', ")")))
-    plain = sum(character.isascii() and (character.isalpha() or character in " ,.") for character in text)
-    return (
-        len(text) >= 1000
-        and in_sentences > 0.95 * len(text)
-        and plain > 0.94 * len(text)
-        and not re.match(r"Lists? of |Timeline |\d+", title)
-        and not re.search(r"may refer to|ISBN|https?:", text)
-    )
 
 
 def hub_records(name: str, config: str | None) -> Iterator[dict]:
@@ -88,25 +61,16 @@ def hub_records(name: str, config: str | None) -> Iterator[dict]:
         raise UserError(f"hf:{name}: cannot be read{read} ({why}); fix that and retry") from None
 
 
-def documents(arguments: argparse.Namespace, titles: list[str]) -> Iterator[tuple[str, bool]]:
-    """The documents of the source that the options select, for `tokenise`; their titles are added to the list."""
-    source, max_chars = arguments.source, arguments.max_chars_per_document
+def documents(source: str, config: str | None) -> Iterator[tuple[str, bool]]:
+    """The documents of the source, as `tokenise` takes them."""
     if source.startswith(HUB):
-        records = hub_records(source.removeprefix(HUB), arguments.config)
+        texts = (record["text"] for record in hub_records(source.removeprefix(HUB), config))
     elif source.endswith((".jsonl", ".jsonl.gz")):
-        records = (record for _, record in read_jsonl(Path(source), progress=True))
+        texts = (record["text"] for _, record in read_jsonl(Path(source), progress=True))
     else:
-        only_text = not (max_chars or arguments.prose_only)
-        require(only_text, f"{source}: a text file has no --max-chars-per-document and --prose-only")
         yield from read_pieces(Path(source))
         return
-    for record in records:
-        title = str(record.get("title", ""))
-        text = cut_at_sentence(record["text"], max_chars) if max_chars else record["text"]
-        if text.strip() and (not arguments.prose_only or is_prose(title, text)):
-            if title:
-                titles.append(title)
-            yield text, True
+    yield from ((text, True) for text in texts if text.strip())
 
 
 def draw(lengths: array, wanted: dict[str, int], order: Sequence[int]) -> dict[str, Sequence[int]]:
@@ -173,9 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--config", metavar="NAME", help="the configuration of a dataset that has several")
-    parser.add_argument("--prose-only", action="store_true", help="skip stubs, lists, tables and the like")
     for option, text in (
-        ("--max-chars-per-document", "cut longer ones at the end of a sentence"),
         ("--tokens", "take documents, of a file at random, until they give N training tokens"),
         ("--val-tokens", "with --tokens: as many held-out tokens (default: a twentieth)"),
         ("--reviews", "draw N reviews, half of each label, instead of tokens"),
@@ -207,26 +169,22 @@ def choose(arguments: argparse.Namespace, spool: BinaryIO) -> dict[str, np.ndarr
     """Write the tokens of all documents to the spool; return which are train and val, as (n, 2) runs."""
     streamed, n_train = arguments.source.startswith(HUB), arguments.tokens
     n_val = arguments.val_tokens or -(-(n_train or 0) // 20)
-    titles, lengths, n_read = [], array("q"), {"val": 0, "train": 0}
+    lengths, n_read = array("q"), {"val": 0, "train": 0}
     total = n_train and n_train + n_val
     with tqdm(total=total, unit=" tokens", unit_scale=True, disable=None if streamed else True) as bar:
-        for length in tokenise(documents(arguments, titles), get_tokenizer(), spool):
+        for length in tokenise(documents(arguments.source, arguments.config), get_tokenizer(), spool):
             bar.update(length)
             lengths.append(length)
             n_read["val" if n_read["val"] < n_val else "train"] += length
             if streamed and n_train and n_read["train"] >= n_train:
                 break
-    require(len(lengths) > 0, f"{arguments.source}: no text is left by the options; relax them")
+    require(len(lengths) > 0, f"{arguments.source}: no text found")
     if not n_train:
         return split_held_out(np.array(lengths))
     order = array("q", range(len(lengths)))
     if not streamed:
         random.Random(SEED).shuffle(order)
     drawn = draw(lengths, {"val": n_val, "train": n_train}, order)
-    if len(titles) == len(lengths):
-        lines = [f"{split}\t{title}\n" for split in drawn for title in sorted(titles[i] for i in drawn[split])]
-        file = arguments.out.with_name(f"{arguments.out.stem}_titles.txt")
-        write_atomically(file, TITLES_HEADER + "".join(lines))
     ends = np.cumsum(lengths)
     runs = np.stack([ends - lengths, ends], axis=1)
     return {split: runs[np.array(drawn[split])] for split in drawn}

@@ -6,7 +6,7 @@
 
 Three contenders do the same work in float32 on the CPU, each as it comes:
 
-- this package: DecoderLM, LanguageModelingLoss and fused AdamW, as train.py puts them together, with the
+- this package: DecoderLM, ChunkedLanguageModelingLoss and fused AdamW, as train.py puts them together, with the
   library for float32 products that its commands choose (support/hardware.py);
 - the textbook model below, written as most solutions of the assignment are: all logits, F.cross_entropy,
   masked_fill, nn.Dropout, torch's default AdamW; everything recomputed for each new token;
@@ -157,10 +157,10 @@ class Trainer:
         self.input_ids = torch.randint(N_VOCAB, (BATCH_SIZES[name], config["n_positions"]))
         if contender == "ours":
             from model import DecoderLM
-            from train import LanguageModelingLoss
+            from support.chunked_loss import ChunkedLanguageModelingLoss
 
             self.model = DecoderLM(N_VOCAB, **config)
-            self.loss = LanguageModelingLoss(self.model)
+            self.loss = ChunkedLanguageModelingLoss(self.model)
         elif contender == "textbook":
             self.model = TextbookLM(**config)
             self.loss = lambda ids: textbook_loss(self.model, ids)

@@ -12,6 +12,7 @@ from tables import OUTPUTS, RESULTS, ROOT, best_tuned
 
 import train
 from classify import YELP_LABEL_MAP, YELP_TEMPLATE, decision_boundary, score
+from data.build import HELD_OUT, SAMPLE
 from generate import encode_prompt, generate, softmax_with_temperature
 from support.checkpoint import load_trained_model, to_bytes
 from support.config import dump_config
@@ -45,7 +46,7 @@ def load(path: Path):
 def ship() -> None:
     """Store the final run's weights as bfloat16 in model.pt, config.yaml beside it; measure what that costs."""
     trained = load(OUTPUTS / "2.6-final" / "model.pt")
-    loss = {"float32": held_out_loss(trained)}
+    loss = {"float32": held_out_loss(trained, held_out_c4())}
     weights = {
         # scale_factor is no weight: rounded, it would change every attention score.
         key: tensor if key.endswith("scale_factor") else tensor.bfloat16()
@@ -54,22 +55,52 @@ def ship() -> None:
     archive = to_bytes(weights)
     if len(archive) > MOST_BYTES:
         raise ValueError(f"model.pt would have {len(archive):,} bytes, more than {MOST_BYTES:,}")
-    config = dataclasses.replace(trained.config, output_dir="outputs/final", device="auto")
+    neutral = {"output_dir": "outputs/final", "device": "auto", "data": "sample", "checkpoint_interval": None}
+    config = dataclasses.replace(trained.config, **neutral)  # the sample is held-out C4 that every clone has
     write_together({SHIPPED: archive, ROOT / "config.yaml": dump_config(config).encode()})
-    loss["bfloat16"] = held_out_loss(load(SHIPPED))
-    keep("model-file", {"bytes": len(archive), "val-loss": loss})
+    shipped = load(SHIPPED)
+    loss["bfloat16"] = held_out_loss(shipped, held_out_c4())
+    result = {"bytes": len(archive), "val-loss": loss, "interval": held_out_interval(shipped, held_out_c4())}
+    result["wikipedia-loss"] = held_out_loss(shipped, held_out_wikipedia())
+    result["wikipedia-interval"] = held_out_interval(shipped, held_out_wikipedia())
+    keep("model-file", result)
 
 
-def held_out_loss(trained) -> float:
-    """Loss on the held-out Wikipedia pages, nats per token."""
+def held_out_c4() -> np.ndarray:
+    """Tokens of the bundled sample's held-out documents."""
+    return np.load(SAMPLE)["val"]
+
+
+def held_out_wikipedia() -> np.ndarray:
+    """Tokens of the held-out Wikipedia pages."""
+    return np.load(HELD_OUT)["val"]
+
+
+def held_out_loss(trained, tokens: np.ndarray) -> float:
+    """Loss on these tokens, nats per token, as train.py evaluates."""
     c = trained.config
-    batches = train.sequential_batch_sampler(held_out_tokens(), trained.device, 8, c.seq_len, drop_last=False)
+    batches = train.sequential_batch_sampler(tokens, trained.device, 8, c.seq_len, drop_last=False)
     return train.evaluate(trained.model, batches)["val-loss"]
 
 
-def held_out_tokens() -> np.ndarray:
-    """Tokens of the held-out Wikipedia pages."""
-    return np.load(OUTPUTS / "wikipedia.npz")["val"]
+@torch.inference_mode()
+def held_out_interval(trained, tokens: np.ndarray) -> list[float]:
+    """95% interval of that loss, from a bootstrap over the documents."""
+    ends = tokens == trained.tokenizer.eot_token
+    document = np.concatenate([[0], np.cumsum(ends)[:-1]])  # of each token, its own end included
+    losses, documents = [], []
+    batches = [
+        train.sequential_batch_sampler(array, trained.device, 8, trained.config.seq_len, drop_last=False)
+        for array in (tokens, document)
+    ]
+    for input_ids, document_ids in zip(*batches, strict=True):
+        logits = trained.model(input_ids)[:, :-1]  # (B, S - 1, V)
+        losses.append(F.cross_entropy(logits.mT, input_ids[:, 1:], reduction="none").flatten())
+        documents.append(document_ids[:, 1:].flatten())
+    documents = torch.cat(documents).numpy()
+    sums, counts = np.bincount(documents, torch.cat(losses).numpy()), np.bincount(documents)
+    drawn = np.random.default_rng(0).integers(len(sums), size=(N_RESAMPLES, len(sums)))
+    return np.quantile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), [0.025, 0.975]).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -128,7 +159,7 @@ def sample_texts(trained, temperature: float) -> list[tuple[list[int], list[int]
 
 def people_texts(tokenizer) -> list[tuple[list[int], list[int]]]:
     """The beginnings of held-out pages, cut like the samples: 10 tokens of prompt, then N_NEW_TOKENS."""
-    tokens = held_out_tokens()
+    tokens = held_out_wikipedia()
     ends = np.flatnonzero(tokens == tokenizer.eot_token)
     pages = [page[page != tokenizer.eot_token].tolist() for page in np.split(tokens, ends)]
     wanted = 10 + N_NEW_TOKENS
@@ -154,7 +185,7 @@ def more_training() -> None:
     for name, path in (("1e14", OUTPUTS / best_tuned() / "model.pt"), ("1e15", SHIPPED)):
         trained = load(path)
         measured[name] = {
-            "val-loss": held_out_loss(trained),
+            "val-loss": held_out_loss(trained, held_out_c4()),
             "greedy": measure_texts(trained.model, sample_texts(trained, 0.0), 0.0),
             "sampled": measure_texts(trained.model, sample_texts(trained, 1.0), 1.0),
             "people": measure_texts(trained.model, people_texts(trained.tokenizer), 1.0),

@@ -1,11 +1,12 @@
 """Repeat the experiments of report/answers.md, and put their figures and tables into place. From the root:
 
-    python report/reproduce.py data PAGES.jsonl.gz C4.jsonl.gz   token files of 2.5 and 2.6 (pages: data/README.md)
     python report/reproduce.py 2.5                     train what is not trained yet, measure, draw
     python report/reproduce.py 2.5 --draw              draw again from report/results, without any training
     python report/reproduce.py all --draw
     python report/reproduce.py train 1.1-untied --seed 1         one run by itself
     python report/reproduce.py pdf                     report/answers.pdf (needs pandoc and TeX, see below)
+
+The data of 2.5 and 2.6 come first: data/README.md says how to build outputs/report/mixture.
 
 Questions: 1.1 2.2 2.3 2.4 2.5 2.6 gpt2 3.2 3.3 3.6. A run is a file report/configs/QUESTION-SETTING.yaml, trained
 by train.py into outputs/report/QUESTION-SETTING; an interrupted one continues. What it measured is kept in
@@ -20,7 +21,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from tempfile import TemporaryFile
 from unittest import mock
 
 import numpy as np
@@ -36,17 +36,14 @@ from tables import ANSWERS, CONFIGS, OUTPUTS, RESULTS  # noqa: E402
 from variants import GPT2, UntiedLM  # noqa: E402
 
 import train  # noqa: E402
-from data import prepare  # noqa: E402
+from data.build import HELD_OUT, MIXTURE  # noqa: E402
 from model import DecoderLM  # noqa: E402
 from support.config import load_config  # noqa: E402
 from support.errors import exit_on_user_error, require  # noqa: E402
 from support.files import write_atomically  # noqa: E402
 from support.metrics import read_metrics  # noqa: E402
-from support.text import read_pieces, tokenise  # noqa: E402
 from support.tokenizer import get_tokenizer  # noqa: E402
 
-WIKIPEDIA, C4 = OUTPUTS / "wikipedia.npz", OUTPUTS / "c4.npz"
-C4_HELD_OUT = 1000  # documents evaluated on: half a million tokens
 VARIANTS = {"1.1-untied": UntiedLM, "1.1-untied-same-count": UntiedLM, "gpt2-gpt2": GPT2, "gpt2-tuned": GPT2}
 THREE_SEEDS = (  # of all other settings there is one run
     "1.1-tied",
@@ -58,17 +55,6 @@ THREE_SEEDS = (  # of all other settings there is one run
     "gpt2-gpt2",
     tables.RIVALS_OF,
 )
-
-
-def make_data(pages: str, c4: str) -> None:
-    """Token files of all Wikipedia pages, 1% held out, and of the C4 documents, the first ones held out."""
-    OUTPUTS.mkdir(parents=True, exist_ok=True)
-    prepare.main([pages, str(WIKIPEDIA)])
-    with TemporaryFile() as spool:
-        ends = np.cumsum(list(tokenise(read_pieces(Path(c4)), get_tokenizer(), spool)))
-        n_val = ends[C4_HELD_OUT - 1]
-        prepare.write_tokens(C4, spool, {"train": np.array([(n_val, ends[-1])]), "val": np.array([(0, n_val)])})
-    print(f"{C4}: {n_val:,} tokens to evaluate on")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -102,9 +88,12 @@ def measure_run(setting: str, run: str) -> None:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "config": dataclasses.asdict(config),
     }
-    if config.data == str(WIKIPEDIA):
+    if config.data and (ROOT / config.data) == MIXTURE:  # the loss of the run itself is on held-out C4
         model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))  # of a variant, too
-        result["c4-loss"] = c4_loss(model, config.seq_len)
+        batches = train.sequential_batch_sampler(
+            np.load(HELD_OUT)["val"], "cpu", 8, config.seq_len, drop_last=False
+        )
+        result["wikipedia-loss"] = train.evaluate(model, batches)["val-loss"]
     write_atomically(RESULTS / f"{run}.json", json.dumps(result, indent=1) + "\n")
 
     metrics = read_metrics(folder / "metrics.csv")
@@ -112,14 +101,6 @@ def measure_run(setting: str, run: str) -> None:
     kept = [i for i in range(n_steps) if i < 50 or i % -(-n_steps // 500) == 0 or i == n_steps - 1]
     lines = [f"{metrics['step'][i]:.0f},{metrics['train-loss'][i]:.4f}\n" for i in kept]
     write_atomically(RESULTS / f"{run}.csv", "step,train-loss\n" + "".join(lines))
-
-
-def c4_loss(model, seq_len: int) -> float:
-    """Loss on the held-out C4 documents, nats per token."""
-    require(C4.exists(), f"{C4} is not there; make it with report/reproduce.py data")
-    tokens = np.load(C4)["val"]
-    batches = train.sequential_batch_sampler(tokens, "cpu", 8, seq_len, drop_last=False)
-    return train.evaluate(model, batches)["val-loss"]
 
 
 def train_question(question: str, fresh: bool) -> None:
@@ -159,9 +140,6 @@ def main(argv: list[str] | None = None) -> None:
     """Do what the module's docstring lists."""
     parser = argparse.ArgumentParser(description="Repeat the experiments of report/answers.md.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    data = commands.add_parser("data", help="make the token files of 2.5 and 2.6")
-    data.add_argument("pages", metavar="PAGES.jsonl.gz")
-    data.add_argument("c4", metavar="C4.jsonl.gz")
     one = commands.add_parser("train", help="train and measure one run")
     one.add_argument("setting", help="name of a file in report/configs, without .yaml")
     one.add_argument("--seed", type=int, default=0)
@@ -176,9 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     with exit_on_user_error():
-        if args.command == "data":
-            make_data(args.pages, args.c4)
-        elif args.command == "pdf":
+        if args.command == "pdf":
             make_pdf()
         elif args.command == "train":
             there = (CONFIGS / f"{args.setting}.yaml").exists()

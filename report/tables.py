@@ -196,8 +196,8 @@ def faults() -> dict[str, str]:
     return {"2.4": markdown(header, rows)}
 
 
-def tuning_row(r: dict) -> tuple:
-    """What the tables of 2.5 and 2.6 say of a run."""
+def run_cells(r: dict) -> tuple:
+    """The first columns of the tables of 2.5 and 2.6: what was trained."""
     c = r["config"]
     tokens = c["batch_size"] * c["seq_len"] * c["grad_accumulation_steps"]
     return (
@@ -206,6 +206,38 @@ def tuning_row(r: dict) -> tuple:
         f"{c['max_lr']:g}",
         f"{c['num_training_steps']:,} × {tokens:,}",
         power_of_ten(r["flops"]),
+    )
+
+
+RUN_HEADER = "width × layers | parameters | max lr | steps × tokens | FLOPs"
+
+
+def best_tuned() -> str:
+    """The setting of 2.5 with the lowest loss on held-out C4."""
+    runs = measured("2.5")
+    return min(runs, key=lambda name: runs[name]["val-loss"])
+
+
+def tuning() -> dict[str, str]:
+    """2.5: settings at an equal budget, the best first; the best one's YAML."""
+    runs = measured("2.5")
+    rows = []
+    for name in sorted(runs, key=lambda name: runs[name]["val-loss"]):
+        of_seeds = seeds(name)
+        loss = [r["val-loss"] for r in of_seeds]
+        wikipedia = [r["wikipedia-loss"] for r in of_seeds]
+        perplexities = f"{math.exp(np.mean(loss)):.0f}", f"{math.exp(np.mean(wikipedia)):.0f}"
+        rows.append((*run_cells(runs[name]), len(of_seeds), mean_and_range(loss), *perplexities))
+    plot_curves("2.5-tuning.png", {name: curve(name) for name in runs}, top=8.0, x="FLOPs", flops=runs)
+    header = f"{RUN_HEADER} | seeds | loss on C4 | perplexity | on Wikipedia"
+    yaml_text = (CONFIGS / f"{best_tuned()}.yaml").read_text(encoding="utf-8")
+    return {"2.5": markdown(header, rows), "2.5-yaml": f"```yaml\n{yaml_text}```\n"}
+
+
+def final_row(r: dict) -> tuple:
+    """What the table of 2.6 says of a run."""
+    return (
+        *run_cells(r),
         f"{r['val-loss']:.3f}",
         f"{r['val-perplexity']:.0f}",
         f"{math.exp(r['c4-loss']):,.0f}",
@@ -213,25 +245,7 @@ def tuning_row(r: dict) -> tuple:
     )
 
 
-TUNING_HEADER = (
-    "width × layers | parameters | max lr | steps × tokens | FLOPs | val loss | perplexity | on C4 | minutes"
-)
-
-
-def best_tuned() -> str:
-    """The setting of 2.5 with the lowest validation loss."""
-    runs = measured("2.5")
-    return min(runs, key=lambda name: runs[name]["val-loss"])
-
-
-def tuning() -> dict[str, str]:
-    """2.5: settings of one model at an equal budget; the best one's YAML."""
-    runs = measured("2.5")
-    ranked = sorted(runs, key=lambda name: runs[name]["val-loss"])
-    rows = [tuning_row(runs[name]) for name in ranked]
-    plot_curves("2.5-tuning.png", {name: curve(name) for name in runs}, top=8.0, x="FLOPs", flops=runs)
-    yaml_text = (CONFIGS / f"{ranked[0]}.yaml").read_text(encoding="utf-8")
-    return {"2.5": markdown(TUNING_HEADER, rows), "2.5-yaml": f"```yaml\n{yaml_text}```\n"}
+FINAL_HEADER = f"{RUN_HEADER} | val loss | perplexity | on C4 | minutes"
 
 
 def fit_power_law(flops: np.ndarray, loss: np.ndarray, floor: float, at: float) -> tuple[float, float, float]:
@@ -256,7 +270,7 @@ def final() -> dict[str, str]:
     """2.6: the final run, the model's losses over FLOPs and what they predict for 1e17."""
     last = result("2.6-final")
     of_model: dict[int, dict] = {}  # the best run at each budget
-    for r in [*measured("2.5").values(), *measured("2.6").values()]:
+    for r in measured("2.6").values():
         budget = round(math.log10(r["flops"]) * 4)
         if r["config"]["model_config"] == last["config"]["model_config"] and (
             budget not in of_model or r["val-loss"] < of_model[budget]["val-loss"]
@@ -282,7 +296,7 @@ def final() -> dict[str, str]:
     plot_fit("2.6-scaling.png", flops, losses, fits)
     plot_curves("2.6-final.png", {"final run": curve("2.6-final")}, top=8.0, dots={"final run": last["val-loss"]})
     header = "evaluated on | floor (nats) | loss at 1e17 | perplexity | 95% prediction interval"
-    tables = {"2.6": markdown(TUNING_HEADER, [tuning_row(r) for r in runs]), "2.6-fit": markdown(header, rows)}
+    tables = {"2.6": markdown(FINAL_HEADER, [final_row(r) for r in runs]), "2.6-fit": markdown(header, rows)}
     file = result("model-file")
     loss = file["val-loss"]
     rows = [(f"{file['bytes']:,}", f"{loss['float32']:.4f}", f"{loss['bfloat16']:.4f}")]
@@ -290,7 +304,7 @@ def final() -> dict[str, str]:
     return tables
 
 
-RIVALS_OF = "2.5-d64-l8-lr4e-3"  # the configurations gpt2-* are its own but for the model and the rate
+RIVALS_OF = "2.6-1e14"  # the configurations gpt2-* are its own but for the model and the rate
 
 
 def against_gpt2() -> dict[str, str]:

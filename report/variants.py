@@ -19,11 +19,11 @@ class UntiedLM(DecoderLM):
             self.input_embeddings = nn.Embedding(n_vocab, n_embd)
             nn.init.normal_(self.input_embeddings.weight, std=0.02)
 
-    def embed(self, input_ids, attention_mask=None, *, n_past=0):
+    def embed(self, input_ids, attention_mask=None):
         """As DecoderLM's, for rows without padding (training, and a single prompt)."""
         if attention_mask is not None:
             raise NotImplementedError("padded rows")
-        positions = self.position_embeddings.weight[n_past : n_past + input_ids.shape[1]]  # (S, D)
+        positions = self.position_embeddings.weight[: input_ids.shape[1]]  # (S, D)
         return self.dropout(self.input_embeddings(input_ids) + positions)
 
 

@@ -1,7 +1,15 @@
-"""Types of command-line arguments, for argparse's `type=`."""
+"""Command lines: a parser with one-line errors, and argument types for its `type=`."""
 
 import argparse
 import math
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Reports a mistake on the command line in one line, without the usage."""
+
+    def error(self, message: str) -> None:
+        """Exit with status 2."""
+        self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
 def positive_int(text: str) -> int:

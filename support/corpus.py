@@ -10,10 +10,11 @@ from support.hub import DATA, Unavailable, hub_file
 from support.token_files import evenly_spaced, read_tokens
 
 C4 = ("yimingzhang/llms-hw2", "tokens.npz")  # the course's dataset repository on the Hugging Face Hub, its file
-SAMPLE_NAME = "bundled sample (Wikipedia 2006)"
+SAMPLE_NAME = "bundled sample of C4"
 SAMPLE_NOTE = (
     "NOTE: no data named and no data/tokens.npz, and the course's C4 tokens cannot be fetched ({}), so this "
-    "trains on the bundled sample of Wikipedia pages; its perplexities are not comparable with C4's."
+    "trains on the bundled sample of C4, the assignment's corpus. The course's own validation set is another part "
+    "of C4, so compare perplexities with a margin."
 )
 
 

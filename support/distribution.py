@@ -100,7 +100,7 @@ class DistributedLoss:
     def __init__(self, loss_fn: torch.nn.Module, grad_accumulation_steps: int, batch_shape: tuple[int, int]):
         device = next(loss_fn.parameters()).device
         device_ids = [device] if device.type == "cuda" else None
-        self.module = DistributedDataParallel(loss_fn, device_ids, broadcast_buffers=False)
+        self.module = DistributedDataParallel(loss_fn, device_ids)
         # The first backward pass decides how gradients are packed, and so the order in which they are summed.
         # Run here, it decides the same way in a resumed run.
         self.module(torch.zeros(batch_shape, dtype=torch.int64, device=device)).backward()

@@ -70,7 +70,7 @@ def test_without_data_and_network_the_sample_stands_in_loudly(monkeypatch, tmp_p
     monkeypatch.setattr(corpus_module, "DATA", tmp_path)
     monkeypatch.setattr(hub, "DATA", tmp_path)
     corpus = load_corpus(None, N_VOCAB)
-    assert "sample" in corpus.note and "not comparable" in corpus.note and "C4" in corpus.note
+    assert "sample of C4" in corpus.note and "with a margin" in corpus.note
     assert "HF_HUB_OFFLINE" in corpus.note, "the note does not say why"
     assert load_corpus("sample", N_VOCAB).note is None, "the sample was asked for, so there is nothing to note"
     with pytest.raises(UserError, match="data: c4.*HF_HUB_OFFLINE.*data: sample"):
@@ -84,17 +84,6 @@ def test_the_courses_token_file_is_taken_when_it_is_there(monkeypatch, tmp_path,
     monkeypatch.chdir("/")
     corpus = load_corpus(data, N_VOCAB)
     assert (len(corpus.train), corpus.note) == (500, None)
-
-
-def test_bundled_sample_is_what_its_readme_says():
-    corpus = load_corpus("sample", N_VOCAB)
-    assert corpus.train.dtype == corpus.val.dtype == np.uint16
-    assert 990_000 < len(corpus.train) < 1_010_000 and 45_000 < len(corpus.val) < 55_000
-    pages = {split: documents_in(getattr(corpus, split)) for split in ("train", "val")}
-    assert not set(pages["train"]) & set(pages["val"]), "a page is in both splits"
-    assert max(map(len, pages["train"] + pages["val"])) <= 4000
-    titles = [line.split("\t") for line in (DATA / "sample_titles.txt").read_text("utf-8").splitlines()[1:]]
-    assert [sum(split == wanted for split, _ in titles) for wanted in pages] == [*map(len, pages.values())]
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int64", ">i4", "uint64"])
@@ -463,7 +452,7 @@ def prepare(capsys):
 
 @pytest.fixture
 def pages(tmp_path):
-    """A jsonl of 200 pages with titles."""
+    """A jsonl of 200 pages."""
     source = tmp_path / "pages.jsonl"
     with source.open("w") as file:
         for i in range(200):
@@ -473,17 +462,15 @@ def pages(tmp_path):
 
 
 def test_prepare_draws_whole_documents_and_repeats_itself(tmp_path, pages, prepare):
-    options = ["--tokens", 3000, "--val-tokens", 400, "--max-chars-per-document", 300]
+    options = ["--tokens", 3000, "--val-tokens", 400]
     for name in ("a.npz", "b.npz"):
         assert prepare(pages, tmp_path / name, *options)[0] == 0
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     corpus = load_corpus(str(tmp_path / "a.npz"), N_VOCAB)
     train, val = documents_in(corpus.train), documents_in(corpus.val)
-    assert 3000 <= len(corpus.train) < 3100 and 400 <= len(corpus.val) < 500
-    assert max(map(len, train + val)) <= 300 and all(page.rstrip().endswith(".") for page in train + val)
-    titles = (tmp_path / "a_titles.txt").read_text().splitlines()[1:]
-    drawn = {(split, page.split()[1]) for split, found in (("train", train), ("val", val)) for page in found}
-    assert {tuple(line.split("\tT")) for line in titles} == drawn
+    assert 3000 <= len(corpus.train) < 3300 and 400 <= len(corpus.val) < 700
+    numbers = [page.split()[1] for page in train + val]
+    assert len(set(numbers)) == len(numbers), "a page was drawn twice"
 
     assert prepare(pages, tmp_path / "folder", *options)[0] == 0
     folder = load_corpus(str(tmp_path / "folder"), N_VOCAB)
@@ -501,15 +488,13 @@ def test_prepare_holds_out_as_training_on_the_source_itself_does(tmp_path, pages
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"train.npy", "val.npy"}
 
 
-def test_prepare_reads_a_text_file_and_cuts_only_records(tmp_path, prepare):
+def test_prepare_draws_from_a_text_file(tmp_path, prepare):
     source = tmp_path / "tales.txt"
     source.write_text("<|endoftext|>".join(f"Tale {i} is short." for i in range(40)))
     assert prepare(source, tmp_path / "tales.npz", "--tokens", 50)[0] == 0
     corpus = load_corpus(str(tmp_path / "tales.npz"), N_VOCAB)
     tales = documents_in(corpus.train) + documents_in(corpus.val)
     assert all(re.fullmatch(r"Tale \d+ is short\.", tale) for tale in tales) and len(set(tales)) == len(tales)
-    assert not (tmp_path / "tales_titles.txt").exists(), "a text has no titles"
-    assert prepare(source, tmp_path / "no.npz", "--prose-only")[0] == 2
 
 
 def test_prepare_refuses_what_it_cannot_do_and_writes_nothing(tmp_path, pages, prepare):
@@ -520,33 +505,13 @@ def test_prepare_refuses_what_it_cannot_do_and_writes_nothing(tmp_path, pages, p
         (["nowhere.txt", tmp_path / "out"], "nowhere.txt: no such file"),
         ([pages, tmp_path / "no" / "out"], "no: no such folder"),
         ([pages, tmp_path / "taken"], "taken is a file"),
-        ([tmp_path / "empty.txt", tmp_path / "out"], "no text"),
-        ([pages, tmp_path / "out", "--prose-only"], "no text is left by the options"),
+        ([tmp_path / "empty.txt", tmp_path / "out"], "no text found"),
         ([pages, tmp_path / "out", "--tokens", "0"], "not a whole number above 0"),
         ([pages, tmp_path / "out", "--reviews", "10"], "pages.jsonl, line 1: label None"),
     ):
         status, error = prepare(*arguments)
         assert status == 2 and message in error
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_prepare_cuts_at_a_sentence_and_keeps_prose(tmp_path, prepare):
-    sentence = "The river rises in the hills and runs to the sea past the old towns of the plain, as ever. "
-    records = [
-        {"title": "River", "text": sentence * 20},
-        {"title": "Timeline of rivers", "text": sentence * 20},
-        {"title": "Stub", "text": sentence},
-        {"title": "Word", "text": "x" * 5000},
-    ]
-    source = tmp_path / "pages.jsonl"
-    source.write_text("\n".join(map(json.dumps, records)))
-    assert prepare(source, tmp_path / "prose", "--prose-only")[0] == 0
-    corpus = load_corpus(str(tmp_path / "prose"), N_VOCAB)
-    assert np.concatenate([corpus.train, corpus.val]).tolist() == [*encode(sentence * 20), EOT]
-    assert prepare(source, tmp_path / "cut", "--max-chars-per-document", 200)[0] == 0
-    corpus = load_corpus(str(tmp_path / "cut"), N_VOCAB)
-    texts = documents_in(np.concatenate([corpus.train, corpus.val]))
-    assert sorted(texts) == sorted([(sentence * 2).strip()] * 2 + [sentence, "x" * 200])
 
 
 def test_prepare_draws_reviews_of_both_labels(tmp_path, prepare):

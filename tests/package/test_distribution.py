@@ -17,6 +17,7 @@ from tiny_run import ROOT, TinyRun, at_batches, leave_out_what_is_slow, processe
 
 import train
 from model import DecoderLM
+from support.chunked_loss import LanguageModelingLoss
 from support.distribution import LOST, World, join_world, lost_process
 from support.errors import UserError
 
@@ -117,29 +118,28 @@ def tokens_of(seed: int, n: int) -> torch.Tensor:
 
 
 def joined_training(out: Path) -> None:
-    """Three steps by hand-made batches, a validation; rank 0 writes what came of them."""
+    """Three steps on hand-made batches; rank 0 writes what came of them."""
     without_exchange = []
     with join_world() as world:
         torch.manual_seed(1)
         model = DecoderLM(V, 10, 2, 11, 2, p_dropout=0.0)
-        module = world.distribute(train.LanguageModelingLoss(model), seed=1)
+        loss_fn = LanguageModelingLoss(model)
+        distributed = world.distribute(loss_fn, ACCUMULATION, (ROWS[0] // world.size, S), seed=1)
         if world.size > 1:
-            no_sync = module.no_sync
-            module.no_sync = lambda: without_exchange.append(1) or no_sync()
+            no_sync = distributed.module.no_sync
+            distributed.module.no_sync = lambda: without_exchange.append(1) or no_sync()
         batches = tokens_of(2, STEPS * ACCUMULATION * ROWS[0] * S).view(-1, world.size, ROWS[0] // world.size, S)
         optimizer, losses = torch.optim.SGD(model.parameters(), lr=1.0), []
         train.train(
-            module,
+            model,
             iter(batches[:, world.rank]),
             optimizer,
             lambda step: 0.5,
             num_training_steps=STEPS,
             grad_accumulation_steps=ACCUMULATION,
+            loss_fn=distributed,
             on_step=lambda result: losses.append(result.loss),
         )
-        held_out = world.share(tokens_of(3, 9 * S + 5).numpy(), S)  # 9 rows: 4 and 5
-        batches = train.sequential_batch_sampler(held_out, "cpu", 2, S, drop_last=False)
-        evaluation = train.evaluate(module, batches)
         numbers = world.gather(torch.rand(1).item())
         if world.rank == 0:
             values = {"model": model.state_dict(), "gradient": [p.grad for p in model.parameters()]}
@@ -147,7 +147,6 @@ def joined_training(out: Path) -> None:
                 {
                     **values,
                     "losses": losses,
-                    "loss": evaluation["val-loss"],
                     "without exchange": len(without_exchange),
                     "numbers": numbers,
                 },
@@ -166,18 +165,9 @@ def test_gradients_and_losses_equal_one_process_with_the_joined_batch(tmp_path):
     for theirs, ours in zip(two["gradient"], one["gradient"], strict=True):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-6), "the loss shown must be that of all ranks"
-    assert two["loss"] == pytest.approx(one["loss"], abs=1e-6), "the shares must be weighted by their rows"
     quiet = STEPS * (ACCUMULATION - 1)
     assert two["without exchange"] == quiet, "gradients are exchanged once a step, not for every micro-batch"
     assert len(set(two["numbers"])) == 2, "each rank needs a random stream of its own"
-
-
-def test_shares_are_all_rows_once():
-    tokens = torch.arange(103).numpy()
-    for size in (1, 2, 3, 7, 11):
-        shares = [World(rank, size).share(tokens, 10) for rank in range(size)]
-        assert [t for share in shares for t in share] == list(range(100))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 10
 
 
 # --- the run ---------------------------------------------------------------------------------------------
@@ -195,14 +185,14 @@ def test_interrupted_run_continues_exactly_and_only_on_as_many_ranks(tmp_path, c
     tiny = TinyRun(tmp_path)
     ranks = Ranks(tmp_path, train_tiny, str(tiny.config), (), {(1, 5): terminate_self})
     assert ranks.join() == [143, 143], ranks.said()
-    assert ranks.said()[0].count("continues from step 3") == 1
+    assert ranks.said()[0].count("resume at step 3") == 1
     assert ranks.said()[1] == ""
     states = torch.load(tiny.state, weights_only=True)["random"]
     assert len(states) == 2 and not torch.equal(states[0]["torch"], states[1]["torch"])
 
     kept = tiny.state.read_bytes()
     assert tiny.main() == 2
-    assert "has 2 processes, this one 1; continue it with torchrun --nproc_per_node=2" in capsys.readouterr().err
+    assert "has 2 processes, this one 1; resume it with torchrun --nproc_per_node=2" in capsys.readouterr().err
     assert tiny.state.read_bytes() == kept, "a refusal changes nothing"
 
     ranks = Ranks(tmp_path, train_tiny, str(tiny.config))
@@ -216,7 +206,7 @@ def test_dead_rank_ends_the_others(tmp_path):
     ranks = Ranks(tmp_path, train_tiny, str(tiny.config), (), {(1, 9): kill_self})
     assert ranks.join() == [1, -signal.SIGKILL], ranks.said()
     said = ranks.said()[0]
-    assert f"error: {LOST}. " in said and "continues from step 4" in said and "Traceback" not in said
+    assert f"error: {LOST}. " in said and "resume at step 4" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(
@@ -256,9 +246,9 @@ def test_soak_signal_to_torchrun_saves_once(tmp_path, number):
     wait_until(lambda: tiny.rows() > 2 or process.poll() is not None)
     process.send_signal(number)
     said = process.communicate(timeout=60)[0]
-    step = torch.load(tiny.state, weights_only=True)["progress"]["step"]
+    step = torch.load(tiny.state, weights_only=True)["progress"]["next_step"]
     assert tiny.rows() == step + 1, said
-    assert said.count(f"the same command continues from step {step}") == 1, said
+    assert said.count(f"rerun the same command to resume at step {step}") == 1, said
     assert said.count("Stopping after this step") == 1, said
     assert process.returncode != 0
 
@@ -290,14 +280,6 @@ def test_soak_four_ranks_continue_exactly(tmp_path):
     assert tiny.results() == whole.results()
 
 
-def test_a_loss_that_is_wrapped_already_stays_as_it_is():
-    model = DecoderLM(V, 10, 2, 11, 2)
-    loss = train.LanguageModelingLoss(model)
-    assert train._loss_module(model).model is model
-    for wrapped in (loss, torch.nn.DataParallel(loss), torch.compile(loss, backend="eager")):
-        assert train._loss_module(wrapped) is wrapped
-
-
 # --- one process -----------------------------------------------------------------------------------------
 
 
@@ -312,9 +294,9 @@ def test_one_process_never_initialises_distribution(monkeypatch, variables):
     monkeypatch.setattr(dist, "init_process_group", None)
     module = torch.nn.Linear(1, 1)
     with join_world() as world:
-        assert world == World() and world.distribute(module, 0) is module
+        assert world == World() and world.distribute(module, 1, (2, 5), 0) is module
         assert world.maximum(3, -1) == (3, -1) and world.gather("a") == ["a"]
-        with world.rank_0_first():
+        with world.main_process_first():
             pass
     assert not dist.is_initialized()
 

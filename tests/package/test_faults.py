@@ -86,11 +86,11 @@ def test_loss_that_is_not_finite(tmp_path, capsys):
     captured = capsys.readouterr()
     assert_stopped_before_the_weights_changed(tiny, captured)
     state = load_archive(tiny.state, 0, 1e9)
-    step = state["progress"]["step"]
-    assert f"at step {step} " in captured.err and f"continues from step {step}" in captured.err
+    step = state["progress"]["next_step"]
+    assert f"at step {step} " in captured.err and f"resume at step {step}" in captured.err
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values()), "the state kept is a good one"
     assert tiny.main() == 1, "the same command diverges again, and says so again"
-    assert load_archive(tiny.state, 0, 1e9)["progress"]["step"] == step
+    assert load_archive(tiny.state, 0, 1e9)["progress"]["next_step"] == step
 
 
 def test_gradient_that_is_not_finite(tmp_path, monkeypatch, capsys):
@@ -104,9 +104,9 @@ def test_gradient_that_is_not_finite(tmp_path, monkeypatch, capsys):
     tiny = TinyRun(tmp_path, checkpoint_interval=1)
     assert tiny.main() == 1
     captured = capsys.readouterr()
-    assert "the gradient's norm is" in captured.err and "at step 3 " in captured.err
+    assert "gradient norm inf" in captured.err and "at step 3 " in captured.err
     assert_stopped_before_the_weights_changed(tiny, captured)
-    assert load_archive(tiny.state, 0, 1e9)["progress"]["step"] == 3
+    assert load_archive(tiny.state, 0, 1e9)["progress"]["next_step"] == 3
 
 
 def test_json_is_valid_whatever_the_numbers():
@@ -183,7 +183,7 @@ def test_disk_full_while_saving(tmp_path, monkeypatch, capsys, small_disk):
     at_batches(monkeypatch, {4: fill_the_disk, 8: look})
     assert tiny.main() == 0
     out = capsys.readouterr().out
-    assert "state of step 3 could not be saved (No space left on device); training goes on" in out
+    assert "Could not save the state of step 3 (No space left on device); training goes on" in out
     assert tiny.results() == whole.results(), "the run with the full disk lost something"
 
 
@@ -197,7 +197,7 @@ def test_disk_full_at_the_end(tmp_path, monkeypatch, capsys, small_disk):
         patch.setattr(train, "evaluate", filling(train.evaluate, small_disk))
         assert tiny.main() == 1
     captured = capsys.readouterr()
-    assert "No space left on device" in captured.err and "continues from step 6" in captured.err, captured.err
+    assert "No space left on device" in captured.err and "resume at step 6" in captured.err, captured.err
     assert captured.err.count("\n") == 1 and tiny.leftovers() == []
     for name in ("model.pt", "eval.json"):
         assert (tiny.out / name).read_bytes() == former[name], f"the former {name} was changed"
@@ -229,8 +229,8 @@ def test_file_size_limit_while_saving_and_at_the_end(tmp_path, monkeypatch, caps
     with limit(resource.RLIMIT_FSIZE, 1 << 20):
         assert tiny.main() == 1
     captured = capsys.readouterr()
-    assert captured.out.count("could not be saved (File too large); training goes on") == 3
-    assert "File too large" in captured.err and "starts over" in captured.err and tiny.leftovers() == []
+    assert captured.out.count("(File too large); training goes on") == 3
+    assert "File too large" in captured.err and "start over" in captured.err and tiny.leftovers() == []
     kept = {}
     at_batches(monkeypatch, {10: lambda: kept.update(state=tiny.state.read_bytes())})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -238,7 +238,7 @@ def test_file_size_limit_while_saving_and_at_the_end(tmp_path, monkeypatch, caps
         monkeypatch.setattr(
             train,
             "evaluate",
-            lambda *args: (
+            lambda *args, **keys: (
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
                 or {"val-loss": 1.0, "val-perplexity": 1.0}
             ),
@@ -246,7 +246,7 @@ def test_file_size_limit_while_saving_and_at_the_end(tmp_path, monkeypatch, caps
         assert tiny.main() == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "continues from step 6" in capsys.readouterr().err and len(kept["state"]) > 1 << 20
+    assert "resume at step 6" in capsys.readouterr().err and len(kept["state"]) > 1 << 20
 
 
 def test_write_that_fails_halfway_leaves_the_former_file(tmp_path):
@@ -295,8 +295,8 @@ def test_state_is_not_saved_before_the_rows_that_it_promises(tmp_path, monkeypat
         at_batches(patch, {4: fill_the_disk_of_the_metrics})
         assert tiny.main() == 1
     captured = capsys.readouterr()
-    assert "state of step 4 could not be saved (No space left on device)" in captured.out
-    assert "continues from step 2" in captured.err and tiny.rows() == 3
+    assert "Could not save the state of step 4 (No space left on device)" in captured.out
+    assert "resume at step 2" in captured.err and tiny.rows() == 3
     assert tiny.main() == 0 and tiny.rows() == 7
 
 

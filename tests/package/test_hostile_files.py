@@ -18,7 +18,7 @@ from tiny_run import KEYS, TinyRun, at_batches
 
 import generate
 from model import DecoderLM
-from support import hardware, results
+from support import progress, results
 from support.checkpoint import load_weights, to_bytes
 from support.config import ModelConfig, load_config
 from support.errors import UserError
@@ -30,7 +30,7 @@ V = 50257
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Leave out what takes long and reads no file."""
-    monkeypatch.setattr(hardware, "matrix_product_rate", lambda hardware: 1e12)
+    monkeypatch.setattr(progress, "matrix_product_rate", lambda hardware: 1e12)
     monkeypatch.setattr(results, "plot_curve", lambda *args: None)
 
 
@@ -245,8 +245,7 @@ def test_damaged_and_foreign_training_states(interrupted, capsys):
         "bomb": changed("bomb", to=Bomb(marker)),
         "bare bomb": pickle.dumps(Bomb(marker)),
         "no progress": changed("progress", to={}),
-        "step beyond the end": changed("progress", "step", to=10**9),
-        "weights NaN": changed("model", "ln.weight", to=torch.full((8,), math.nan)),
+        "step beyond the end": changed("progress", "next_step", to=10**9),
         "no optimizer": changed("optimizer", to={}),
         "too large": changed("more", to=torch.zeros(1 << 25)),
     }

@@ -60,9 +60,9 @@ def test_first_signal_ends_the_step_and_the_same_command_goes_on(
     assert interrupted(tiny, monkeypatch, batch, number) == status
     step = batch // 2 + 1
     assert tiny.rows() == step + 1, "the step in hand is finished, and no other one begun"
-    assert f"continues from step {step}" in capsys.readouterr().out
+    assert f"resume at step {step}" in capsys.readouterr().out
     assert tiny.main() == 0
-    assert f"from step {step}" in capsys.readouterr().out
+    assert f"at step {step}" in capsys.readouterr().out
     assert tiny.results() == uninterrupted
     assert not tiny.state.exists() and not tiny.leftovers()
 
@@ -90,7 +90,8 @@ def test_signal_after_the_last_step_acts_at_once(tmp_path, monkeypatch, capsys, 
         module = train if during == "evaluate" else __import__("generate")
         patch.setattr(module, during, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
         assert tiny.main() == 143
-        assert "continues from step 6" in capsys.readouterr().out
+        hint = {"evaluate": "resume at step 6", "generate": "its results are written"}
+        assert hint[during] in capsys.readouterr().out
     assert tiny.main() == 0
     assert tiny.results() == uninterrupted
 
@@ -151,10 +152,10 @@ def test_results_stand_until_the_new_ones_are_complete(tmp_path, monkeypatch, un
     assert tiny.main() == 0
     first, config = tiny.results(), (tiny.out / "config.yaml").read_bytes()
     assert interrupted(tiny, monkeypatch, 7, signal.SIGTERM, signal.SIGINT) == 130
-    for name in ("model.pt", "eval.json"):
+    for name in ("model.pt", "eval.json", "metrics.csv"):
         assert (tiny.out / name).read_bytes() == first[name], f"{name} of the finished run is gone"
     assert (tiny.out / "config.yaml").read_bytes() == config
-    assert tiny.main() == 0 and tiny.results() == uninterrupted, "a finished run is trained anew"
+    assert tiny.main() == 0 and tiny.results() == uninterrupted, "a finished run starts over"
 
 
 # --- what may go on, and what may not --------------------------------------------------------------------
@@ -182,7 +183,7 @@ def test_fresh_starts_over(tmp_path, monkeypatch, capsys):
     tiny = TinyRun(tmp_path)
     assert interrupted(tiny, monkeypatch, 3, signal.SIGTERM) == 143
     assert tiny.main("--fresh", "--set", "max_lr=0.5") == 0
-    assert "Continuing" not in capsys.readouterr().out
+    assert "Resuming" not in capsys.readouterr().out
     assert tiny.rows() == 7
 
 
@@ -205,7 +206,7 @@ def test_state_holds_all_that_goes_on(tmp_path, monkeypatch):
     values = torch.load(tiny.state, weights_only=True)
     assert values.keys() == {"model", "optimizer", "config", "data", "random", "progress"}
     assert values["config"]["max_lr"] == 0.01 and len(values["data"]) == 64
-    assert values["progress"]["step"] == 2 and len(values["progress"]["losses"]) == 2
+    assert values["progress"]["next_step"] == 2 and len(values["progress"]["recent_losses"]) == 2
     expected = np.random.random()
     np.random.seed(6)
     assert interrupted(tiny, monkeypatch, 0, signal.SIGTERM) == 143
@@ -234,7 +235,7 @@ def test_wandb_continues_the_same_run(tmp_path, monkeypatch):
 )
 def test_checkpoint_interval(tmp_path, monkeypatch, interval, saved):
     steps = []
-    monkeypatch.setattr(run, "save_state", lambda run, random, progress: steps.append(progress["step"]))
+    monkeypatch.setattr(run, "save_state", lambda *arguments: steps.append(arguments[-1].next_step))
     assert TinyRun(tmp_path, checkpoint_interval=interval).main() == 0
     assert steps == saved
 
@@ -254,7 +255,7 @@ def test_writing_takes_less_than_a_hundredth_of_the_time(cost, passed, due):
         _save_seconds=cost,
         _last_save=time.perf_counter() - passed,
     )
-    assert run.Run._save_is_due(hook, 7) == due
+    assert run.TrainingRun._save_is_due(hook, 7) == due
 
 
 # --- soak: pytest -m soak --------------------------------------------------------------------------------
@@ -285,10 +286,10 @@ def test_soak_sixty_kills_of_one_run(tmp_path, capsys):
         statuses.append(process.exitcode)
         kills += 1
     for _ in range(10):  # and at its end, where the results take their places
-        starts = tiny.log().count("Continuing")
+        starts = tiny.log().count("Resuming")
         process = tiny.process()
         # The first of them has most of the steps before it, on a busy machine for minutes.
-        wait_until(lambda: tiny.log().count("Continuing") > starts and tiny.rows() == 1501, 900)  # noqa: B023
+        wait_until(lambda: tiny.log().count("Resuming") > starts and tiny.rows() == 1501, 900)  # noqa: B023
         time.sleep(draw.uniform(0, 0.8))
         process.kill()
         process.join()

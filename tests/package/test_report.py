@@ -10,6 +10,7 @@ from test_configs import flops
 
 import train
 from model import DecoderLM
+from support.chunked_loss import ChunkedLanguageModelingLoss
 from support.config import load_config
 
 REPORT = Path(train.__file__).parent / "report"
@@ -80,7 +81,7 @@ def test_untied_model_is_untied_and_tied_in_nothing_else(reproduce):
     untied.input_embeddings.weight.data.mul_(2)
     assert not torch.allclose(untied(ids), before), "the input embeddings are not used"
 
-    train.LanguageModelingLoss(untied)(ids).backward()
+    ChunkedLanguageModelingLoss(untied)(ids).backward()
     unused = sorted(set(range(61)) - set(ids[:, :-1].flatten().tolist()))
     assert unused, "the rows tested below must exist"
     assert not untied.input_embeddings.weight.grad[unused].any(), "the input matrix gets the output's gradient"
@@ -95,7 +96,7 @@ def test_gpt2_of_transformers_is_of_the_same_size_and_sees_the_same_batches(repr
     assert gpt2.gpt2.transformer.drop.p == 0.0
     ids = torch.randint(61, (2, 7))
     assert gpt2(ids).shape == (2, 7, 61)
-    losses = gpt2.gpt2(ids, labels=ids).loss, train.LanguageModelingLoss(gpt2)(ids)
+    losses = gpt2.gpt2(ids, labels=ids).loss, ChunkedLanguageModelingLoss(gpt2)(ids)
     torch.testing.assert_close(*losses)
     gradients = [torch.autograd.grad(loss, list(gpt2.parameters())) for loss in losses]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)  # float32 sums in another order

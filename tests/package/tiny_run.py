@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import yaml
 
 import generate
 import train
-from support import hardware, results
+from support import progress, results
 
 ROOT = Path(train.__file__).parent
 KEYS = {
@@ -66,9 +67,11 @@ class TinyRun:
         return Path(str(self.config) + ".log").read_text()
 
     def rows(self) -> int:
-        """Rows in metrics.csv, its header counted."""
-        path = self.out / "metrics.csv"
-        return path.read_bytes().count(b"\n") if path.exists() else 0
+        """Rows of the metrics, of the unfinished run if there is one, with the header."""
+        for name in ("metrics.partial.csv", "metrics.csv"):
+            with suppress(FileNotFoundError):
+                return (self.out / name).read_bytes().count(b"\n")
+        return 0
 
     def results(self) -> dict[str, bytes]:
         """The files that must not depend on interruptions, byte for byte."""
@@ -96,7 +99,7 @@ def _main(config: str, arguments: tuple, log: str) -> None:
 
 def leave_out_what_is_slow(patch) -> None:
     """The measurement of speed, the picture and the sample of text: none of them has a part in any fault."""
-    patch.setattr(hardware, "matrix_product_rate", lambda hardware: 1e12)
+    patch.setattr(progress, "matrix_product_rate", lambda hardware: 1e12)
     patch.setattr(results, "plot_curve", lambda *args: None)
     patch.setattr(generate, "generate", lambda *args, **kwargs: [""])
 

@@ -1,0 +1,82 @@
+"""The token files that come with the package: whole documents, and no held-out text in the training part."""
+
+import gzip
+import hashlib
+
+import numpy as np
+import pytest
+
+from data import build
+from support.corpus import DATA, load_corpus
+
+N_VOCAB, EOT = 50257, 50256
+
+
+@pytest.fixture(scope="module")
+def bundled() -> dict[str, np.ndarray]:
+    """The three token arrays by name."""
+    sample = load_corpus("sample", N_VOCAB)
+    with np.load(DATA / "heldout-wikipedia.npz") as file:
+        return {"train": sample.train, "val": sample.val, "wikipedia": file["val"]}
+
+
+def test_bundled_tokens_are_whole_documents_and_those_of_the_readme(bundled):
+    readme = (DATA / "README.md").read_text(encoding="utf-8")
+    for name, tokens in bundled.items():
+        assert tokens.dtype == np.uint16 and tokens[-1] == EOT, f"{name}: the last document is cut"
+        digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+        assert digest in readme, f"{name}: data/README.md lists another sha256 than {digest}"
+        assert f"{len(tokens):,}" in readme, f"{name}: data/README.md gives another number than {len(tokens):,}"
+    assert len(bundled["train"]) > 1_400_000 and 100_000 <= len(bundled["val"]) < 110_000
+
+
+def test_nothing_held_out_is_in_the_sample_to_train_on(bundled):
+    documents = {name: build.decode_documents(tokens) for name, tokens in bundled.items()}
+    held_out = documents["val"] + documents["wikipedia"]
+    overlapping = len(documents["train"]) - len(build.without_overlap(documents["train"], held_out))
+    assert overlapping == 0, f"{overlapping} documents share {build.N_WORDS} words in a row with a held-out one"
+    titles = build.HELD_OUT_TITLES.read_text(encoding="utf-8").splitlines()[1:]
+    assert len(titles) == len(documents["wikipedia"]), "not one title for each held-out page"
+
+
+def test_overlap_is_thirteen_words_in_a_row_whatever_the_punctuation():
+    words = [f"w{i}" for i in range(13)]
+    held_out = ["before it, " + " ".join(words)]
+    same, shorter = "So: " + ", ".join(words).title() + "!", " ".join(words[1:])
+    assert build.without_overlap([same, shorter, "short"], held_out) == [shorter, "short"]
+
+
+def test_wikipedia_pages_lose_their_markup_and_short_ones_are_left_out():
+    body = "'''Alder''' is a [[genus|group]] of [[tree]]s.{{stub {{x}}}}&lt;ref&gt;a book&lt;/ref&gt;\n"
+    body += "== See also ==\n* a list\n"
+    page = "<page><title>{}</title><text>{}</text></page>"
+    texts = {"Alder": body + "y" * 500, "Stub": "too short", "Talk:Alder": body * 99}
+    dump = "".join(page.format(title, text) for title, text in texts.items())
+    assert list(build.wikipedia_pages(dump)) == [("Alder", "Alder is a group of trees.\n" + "y" * 500)]
+
+
+def test_mixture_repeats_c4_and_contains_nothing_held_out(tmp_path, monkeypatch, capsys):
+    """Three pages, one of them held out and one with a passage of it; two documents of C4 and one held out."""
+    passage = " ".join(f"p{i}" for i in range(20))
+    texts = {"Held": passage, "Copy": "As they say, " + passage, "Own": " ".join(f"q{i}" for i in range(200))}
+    pages = [f"<title>{title}</title><text>{text} {'z' * 500}</text>" for title, text in texts.items()]
+    with gzip.open(tmp_path / "dump.gz", "wt") as file:
+        file.write("".join(pages))
+    (tmp_path / "titles.txt").write_text("# a heading\nHeld\n")
+    c4 = {"train": build.concatenate(["first of C4", "second of C4"]), "val": build.concatenate(["held-out C4"])}
+    np.savez(tmp_path / "sample.npz", **c4)
+    for name, path in {
+        "DATA": tmp_path / "data",
+        "SAMPLE": tmp_path / "sample.npz",
+        "HELD_OUT": tmp_path / "held.npz",
+        "HELD_OUT_TITLES": tmp_path / "titles.txt",
+        "MIXTURE": tmp_path / "mixture",
+    }.items():
+        monkeypatch.setattr(build, name, path)
+    build.main(["mixture", str(tmp_path / "dump.gz")])
+    assert "1 pages to train on, 1 held out; 1 pages and 0 documents" in capsys.readouterr().out
+    corpus = load_corpus(str(tmp_path / "mixture"), N_VOCAB)
+    found = [text.split(" z")[0] for text in build.decode_documents(corpus.train)]
+    assert sorted(found) == sorted([texts["Own"], *["first of C4", "second of C4"] * build.C4_REPEATS])
+    assert np.array_equal(corpus.val, c4["val"])
+    assert build.decode_documents(np.load(tmp_path / "held.npz")["val"]) == [f"{passage} {'z' * 500}"]
