@@ -176,7 +176,7 @@ RIGHT = {
     "sampling with numpy": {
         "generate": [
             ("torch.multinomial(probs, 1).squeeze(-1)", NUMPY_SAMPLING),
-            ("import argparse\n", "import argparse\n\nimport numpy as np\n"),
+            ("import torch\n", "import numpy as np\nimport torch\n"),
         ]
     },
     "texts scored without padding": {"classify": [(SCORE_BATCH, SCORE_ONE_BY_ONE)]},
