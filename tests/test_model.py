@@ -483,7 +483,7 @@ class TestDecoderLM:
         model = randomise(DecoderLM(V, D, H, P, N_LAYER, p_dropout=1.0)).train()
         x = torch.randn(B, S, D)
         results = {"embed": model.embed(IDS)}
-        for i, block in enumerate(model.blocks):
+        for i, block in model.blocks.named_children():
             results[f"blocks[{i}].ff"] = block.ff(x)
             results[f"blocks[{i}].mha.projection"] = block.mha.projection(x)
             results[f"blocks[{i}].mha.self_attention"] = block.mha.self_attention(*block.mha.q_kT_v(x))

@@ -124,8 +124,10 @@ RIGHT = {
     "softmax by hand": {"model": [(ATTEND, ATTEND_BY_HAND)]},
     "the library's attention": {"model": [("        attn = weights @ v  # (B, H, S_q, HD)\n", LIBRARY_ATTENTION)]},
     "one fused q, k, v product": {"model": [(SEPARATE_QKV, FUSED_QKV)]},
-    "the causal mask as a buffer": {
-        "model": [(BUFFER, CAUSAL_BUFFER + BUFFER), (CAUSAL_MASK, "self.causal[:S_q, :S_k]")]
+    "the causal mask as a buffer, for as many queries as keys": {
+        "model": [(BUFFER, CAUSAL_BUFFER + BUFFER), (CAUSAL_MASK, "self.causal[:S_q, :S_k]")],
+        "generate": "generate_without_cache.py",
+        "classify": "classify_in_order.py",
     },
     "two dropouts in the attention": {
         "model": [
@@ -174,7 +176,7 @@ RIGHT = {
     "sampling with numpy": {
         "generate": [
             ("torch.multinomial(probs, 1).squeeze(-1)", NUMPY_SAMPLING),
-            ("import argparse\n", "import argparse\n\nimport numpy as np\n"),
+            ("import torch\n", "import numpy as np\nimport torch\n"),
         ]
     },
     "texts scored without padding": {"classify": [(SCORE_BATCH, SCORE_ONE_BY_ONE)]},

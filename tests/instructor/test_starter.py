@@ -59,7 +59,7 @@ def test_with_our_solution_it_gets_all_points(starter):
 
 def functions_of(text: str) -> dict[str, ast.FunctionDef]:
     found = make_starter.definitions(ast.parse(text))
-    return {path: node for path, node in found if isinstance(node, ast.FunctionDef)}
+    return {path: node for node, path in found if isinstance(node, ast.FunctionDef)}
 
 
 def unwritten(node: ast.FunctionDef) -> bool:
@@ -135,8 +135,12 @@ def graded_lines() -> set[str]:
     return {line for line in graded - given if len(line) > 24}
 
 
+# In support/chunked_loss.py, which students train with; the docstring of the graded function states the shift.
+GIVEN_ANYWAY = {"labels=input_ids[:,1:].flatten()"}
+
+
 def test_no_graded_body_is_left_in_any_file(starter):
-    lines = graded_lines()
+    lines = graded_lines() - GIVEN_ANYWAY
     assert len(lines) > 80, "the comparison must have something to look for"
     for path in sorted(starter.rglob("*")):
         if path.suffix in (".py", ".md", ".tex", ".yaml", ".txt", ".toml"):

@@ -57,7 +57,7 @@ BACKWARD = "            (loss / grad_accumulation_steps).backward()\n"
 SET_LR = "        set_lr(optimizer, learning_rate)\n"
 STEP = "        optimizer.step()\n"
 RECENT = "deque(previous_losses, maxlen=RUNNING_MEAN_STEPS)"
-LOG = "        log_to_wandb(result)\n"
+LOG = "        if logs_to_wandb:\n            logs_to_wandb = log_to_wandb(result)\n"
 COSINE = "min_lr + (max_lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2"
 PROGRESS = "(t - num_warmup_steps) / (num_training_steps - num_warmup_steps)  #"
 
@@ -218,7 +218,7 @@ FAMILIES = {
         mistake("last micro-batch logged", "train", "torch.stack(losses).mean()", "losses[-1]"),
         mistake("mean over all steps logged", "train", RECENT, "deque(previous_losses)"),
         mistake("loss of the step alone logged", "train", RECENT, "deque(previous_losses, maxlen=1)"),
-        mistake("logged every tenth step", "train", LOG, "        if step % 10 == 0:\n    " + LOG),
+        mistake("logged every tenth step", "train", "if logs_to_wandb:", "if logs_to_wandb and step % 10 == 0:"),
         mistake("logged without asking for a run", "train", LOG, '        wandb.log({"train-loss": train_loss, "learning-rate": learning_rate}, step=step)\n'),
         mistake("left in evaluation mode", "train", "    model.train()\n", ""),
         mistake("put into evaluation mode", "train", "    model.train()\n", "    model.eval()\n"),
