@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.errors import UserError, exit_on_user_error, require  # noqa: E402
 from support.files import atomic_file, write_atomically  # noqa: E402
-from support.hub import Unavailable, ask, reason  # noqa: E402
+from support.hub import ask, reason  # noqa: E402
 from support.text import read_jsonl, read_pieces, split_held_out, tokenise  # noqa: E402
 from support.token_files import write_runs  # noqa: E402
 from support.tokenizer import get_tokenizer  # noqa: E402
@@ -56,9 +56,8 @@ def hub_records(name: str, config: str | None) -> Iterator[dict]:
     except UserError:
         raise
     except Exception as error:  # the clients raise dozens of types
-        why = error if isinstance(error, Unavailable) else reason(error)
         read = f" beyond document {n_read:,}" if n_read else ""
-        raise UserError(f"hf:{name}: cannot be read{read} ({why}); fix that and retry") from None
+        raise UserError(f"hf:{name}: cannot be read{read} ({reason(error)}); fix that and retry") from None
 
 
 def documents(source: str, config: str | None) -> Iterator[tuple[str, bool]]:
