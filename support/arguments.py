@@ -12,32 +12,25 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
+# argparse turns the ValueError of a text that is no number into "invalid positive_int value: 'x'".
+
+
 def positive_int(text: str) -> int:
     """A whole number of 1 or more."""
-    value = _number(int, text, "a whole number")
-    if value < 1:
+    if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
-    return value
+    return int(text)
 
 
 def temperature(text: str) -> float:
     """A finite number of 0 or more."""
-    value = _number(float, text, "a number")
-    if not 0 <= value < math.inf:
+    if not 0 <= float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: give 0 (greedy) or more")
-    return value
+    return float(text)
 
 
 def probability_mass(text: str) -> float:
     """A number in (0, 1]."""
-    value = _number(float, text, "a number")
-    if not 0 < value <= 1:
+    if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text}: give more than 0, at most 1")
-    return value
-
-
-def _number(kind: type, text: str, what: str):
-    try:
-        return kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: give {what}") from None
+    return float(text)

@@ -40,12 +40,10 @@ def load_archive(path: Path, least_bytes: float, most_bytes: float, remedy: str 
     require(path.is_file(), f"{path}: no such checkpoint; train one with python train.py")
     try:
         with zipfile.ZipFile(path) as archive:
-            n_bytes = sum(entry.file_size for entry in archive.infolist())
-            require(
-                least_bytes <= n_bytes <= most_bytes,
-                f"{path}: {n_bytes / 2**20:.2f} MiB of values, but the configuration needs "
-                f"{least_bytes / 2**20:.2f} to {most_bytes / 2**20:.2f}; {remedy}",
-            )
+            n_mib = sum(entry.file_size for entry in archive.infolist()) / 2**20
+            least, most = least_bytes / 2**20, most_bytes / 2**20
+            needed = f"but the configuration needs {least:.2f} to {most:.2f}"
+            require(least <= n_mib <= most, f"{path}: {n_mib:.2f} MiB of values, {needed}; {remedy}")
             damaged = archive.testzip()
             require(damaged is None, f"{path}: damaged PyTorch checkpoint (wrong CRC of '{damaged}'); {remedy}")
         values = torch.load(path, map_location="cpu", weights_only=True)
@@ -56,9 +54,8 @@ def load_archive(path: Path, least_bytes: float, most_bytes: float, remedy: str 
     except Exception as error:  # a foreign archive fails in many ways
         if is_out_of_memory(error):
             raise
-        raise UserError(
-            f"{path}: damaged, or not a checkpoint of plain tensors ({first_line(error)}); {remedy}"
-        ) from None
+        problem = f"damaged, or not a checkpoint of plain tensors ({first_line(error)})"
+        raise UserError(f"{path}: {problem}; {remedy}") from None
     require(isinstance(values, dict), f"{path}: contains a {type(values).__name__}, not a state dict; {remedy}")
     return values
 
@@ -69,33 +66,27 @@ def load_weights(model: DecoderLM, path: str | Path, config: ModelConfig) -> Non
     Compiled, distributed and half-precision checkpoints load too. Raises UserError if the file is damaged or
     belongs to another configuration.
     """
-    loaded = _load_plausible(Path(path), config, model.token_embeddings.num_embeddings)
-    _fill(model, loaded, path, config)
+    _fill(model, _read_weights(Path(path), config, model.n_vocab), path, config)
 
 
-def _load_plausible(path: Path, config: ModelConfig, n_vocab: int) -> dict:
-    """The content of a checkpoint whose size is right for this configuration in half to double precision."""
+def _read_weights(path: Path, config: ModelConfig, n_vocab: int) -> dict:
+    """The state dict in a checkpoint whose size is right for this configuration in half to double precision."""
     n_parameters = config.n_parameters(n_vocab)
-    return load_archive(path, 1.9 * n_parameters, 8.1 * n_parameters + 2**20)  # and its index
+    loaded = load_archive(path, 1.9 * n_parameters, 8.1 * n_parameters + 2**20)  # and its index
+    return {WRAPPERS.sub("", str(key), count=1): value for key, value in loaded.items()}
 
 
-def _fill(model: DecoderLM, loaded: dict, path: str | Path, config: ModelConfig) -> None:
-    state = {WRAPPERS.sub("", str(key), count=1): value for key, value in loaded.items()}
+def _fill(model: DecoderLM, state: dict, path: str | Path, config: ModelConfig) -> None:
     try:
         for name, found in _dimensions(state).items():
             wanted = getattr(config, name)
-            require(
-                found == wanted,
-                f"{path}: the weights have {name} = {found}, but the configuration says {name} = {wanted}; "
-                "use the config.yaml that was saved with them",
-            )
+            problem = f"the weights have {name} = {found}, but the configuration says {name} = {wanted}"
+            require(found == wanted, f"{path}: {problem}; use the config.yaml that was saved with them")
         for key, value in model.state_dict().items():
             if key.endswith("scale_factor"):  # a constant, which half precision would round
                 state[key] = value
-        model.load_state_dict(state)
-    except UserError:
-        raise
-    except Exception as error:  # missing or unknown tensors, other shapes, values that are not tensors
+        model.load_state_dict(state)  # names missing and unknown tensors and other shapes
+    except (RuntimeError, LookupError, AttributeError, ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"{path}: not a checkpoint of this model ({first_line(error)}); {RETRY}") from None
     for name, parameter in model.named_parameters():
         finite = bool(parameter.isfinite().all())
@@ -107,8 +98,9 @@ def _dimensions(state: dict) -> dict[str, int]:
     n_positions, n_embd = state["position_embeddings.weight"].shape
     blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
     found = {"n_layer": len(blocks), "n_embd": n_embd, "n_positions": n_positions}
-    if "blocks.0.mha.scale_factor" in state:  # 1 / sqrt(n_embd / n_head)
-        found["n_head"] = round(n_embd * float(state["blocks.0.mha.scale_factor"]) ** 2)
+    scale_factor = state.get("blocks.0.mha.scale_factor")  # 1 / sqrt(n_embd / n_head)
+    if scale_factor is not None:
+        found["n_head"] = round(n_embd * float(scale_factor) ** 2)
     return found
 
 
@@ -150,18 +142,13 @@ def load_trained_model(config_path: str | None, checkpoint: str | None) -> Train
     """
     path, how_found = find_checkpoint(config_path, checkpoint)
     require(path.is_file(), f"{path}: no such checkpoint; train one with python train.py")
-    saved_config = path.parent / "config.yaml"
-    require(
-        config_path is not None or saved_config.exists(),
-        f"{saved_config}: no such file, so the shape of the model is unknown; name its YAML file with --config",
-    )
-    config = load_config(config_path or str(saved_config))
+    config = load_config(config_path or str(path.parent / "config.yaml"))
     hardware = choose_hardware()
     tokenizer = get_tokenizer(config.tokenizer_encoding)
     # The file is read first: a configuration that is far too large for it never becomes a model in memory.
-    loaded = _load_plausible(path, config.model_config, tokenizer.n_vocab)
+    state = _read_weights(path, config.model_config, tokenizer.n_vocab)
     model = DecoderLM(tokenizer.n_vocab, **vars(config.model_config))
-    _fill(model, loaded, path, config.model_config)
+    _fill(model, state, path, config.model_config)
     model = model.to(hardware.device).eval()
     return TrainedModel(model, config, tokenizer, hardware, path, how_found, time.perf_counter())
 

@@ -10,6 +10,7 @@ import math
 import re
 import reprlib
 import typing
+from contextlib import suppress
 from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -76,12 +77,9 @@ def load_config(path: str, overrides: typing.Sequence[str] = (), data: str | Non
     Each override is `key=value` or `model_config.key=value`; `data` overrides the key of that name.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; give a YAML file such as configs/GPT-tiny.yaml") from None
+        values = _parse(Path(path).read_bytes(), path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; see configs/ for examples") from None
-    values = _parse(text, path)
     found = "is empty" if values is None else f"contains a {type(values).__name__}"
     require(isinstance(values, dict), f"{path}: {found}, not `key: value` lines; see configs/GPT-tiny.yaml")
     for override in overrides:
@@ -114,7 +112,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse(text: str, where: str):
+def _parse(text: str | bytes, where: str):
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except Exception as error:  # PyYAML raises many types, for example for tags such as `!!int ""`
@@ -137,33 +135,25 @@ def _build(cls, values: dict, path: str, prefix: str = ""):
     return cls(**{name: _convert(value, types[name], path, prefix + name) for name, value in values.items()})
 
 
+EXPECTED = {bool: "true or false", str: "a string", int: "a whole number", float: "a finite number"}
+
+
 def _convert(value, hint, path: str, key: str):
     """The value as the type of its field; UserError if it has another type."""
-    types = typing.get_args(hint) or (hint,)  # (X, None) for X | None
-    where = (
-        f"{path}: {key} = {reprlib.repr(value)}"  # shortened, because YAML aliases can make it astronomically long
-    )
-    if value is None and type(None) in types:
-        return None
-    if ModelConfig in types:
-        require(isinstance(value, dict), f"{where} must be a mapping")
+    types = typing.get_args(hint) or (hint,)  # (X, NoneType) for X | None
+    if hint is ModelConfig and isinstance(value, dict):
         return _build(ModelConfig, value, path, f"{key}.")
-    if bool in types:
-        require(isinstance(value, bool), f"{where} must be true or false")
+    if type(value) in types and type(value) not in (int, float):
         return value
-    if str in types and isinstance(value, str) and value:
-        return value
-    require(types[0] is not str, f"{where} must be a string")
-    try:
-        # Also from a string, because PyYAML reads `1e-4`, without a point, as the string "1e-4".
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if int in types:
-        require(number.is_integer() and abs(number) < 2**63, f"{where} must be a whole number")
-        return value if isinstance(value, int) else int(number)
-    require(math.isfinite(number), f"{where} must be a finite number")
-    return number
+    if type(value) in (int, float, str) and (int in types or float in types):
+        with suppress(ValueError, OverflowError):
+            number = float(value)  # of a string too, because PyYAML reads `1e-4`, without a point, as one
+            if int in types and number.is_integer() and abs(number) < 2**63:
+                return int(number)
+            if float in types and math.isfinite(number):
+                return number
+    shortened = reprlib.repr(value)  # YAML aliases can make it astronomically long
+    raise UserError(f"{path}: {key} = {shortened} must be {EXPECTED.get(types[0], 'a mapping')}")
 
 
 LEAST_VALUES = {
@@ -176,29 +166,26 @@ LEAST_VALUES = {
 
 def _check_values(c: TrainingConfig, path: str) -> None:
     """Raise UserError for a value out of range, or for values that do not go together."""
-    m = c.model_config
+    m, steps, interval = c.model_config, c.num_training_steps, c.checkpoint_interval
     values = vars(c) | vars(m)
     for name, least in LEAST_VALUES.items():
         require(values[name] >= least, f"{path}: {name} = {values[name]} must be at least {least}")
-    require(m.n_embd % m.n_head == 0, f"{path}: n_embd = {m.n_embd} must be a multiple of n_head = {m.n_head}")
-    require(m.p_dropout < 1, f"{path}: p_dropout = {m.p_dropout} must be less than 1")
-    require(
-        c.seq_len <= m.n_positions,
-        f"{path}: seq_len = {c.seq_len} must not be more than n_positions = {m.n_positions}",
-    )
-    require(
-        c.num_warmup_steps <= c.num_training_steps,
-        f"{path}: num_warmup_steps = {c.num_warmup_steps} must not be more than "
-        f"num_training_steps = {c.num_training_steps}",
-    )
-    require(c.max_lr >= c.min_lr, f"{path}: max_lr = {c.max_lr} must not be less than min_lr = {c.min_lr}")
-    require(c.max_lr > 0, f"{path}: max_lr = {c.max_lr} must be more than 0")
-    require(c.grad_clip is None or c.grad_clip > 0, f"{path}: grad_clip = {c.grad_clip} must be more than 0")
-    every = c.checkpoint_interval
-    valid = (
-        bool(re.fullmatch(r"\d{1,9}(\.\d*)?s", every)) if isinstance(every, str) else every is None or every >= 1
-    )
-    require(valid, f"{path}: checkpoint_interval = {every} must be a number of steps (500) or of seconds (60s)")
+    in_seconds = isinstance(interval, str) and bool(re.fullmatch(r"\d+(\.\d*)?s", interval))
+    valid_interval = interval is None or in_seconds or (isinstance(interval, int) and interval >= 1)
+    for holds, rule in (
+        (m.n_embd % m.n_head == 0, f"n_embd = {m.n_embd} must be a multiple of n_head = {m.n_head}"),
+        (m.p_dropout < 1, f"p_dropout = {m.p_dropout} must be less than 1"),
+        (c.seq_len <= m.n_positions, f"seq_len = {c.seq_len} must not exceed n_positions = {m.n_positions}"),
+        (
+            c.num_warmup_steps <= steps,
+            f"num_warmup_steps = {c.num_warmup_steps} must not exceed num_training_steps = {steps}",
+        ),
+        (c.max_lr >= c.min_lr, f"max_lr = {c.max_lr} must not be less than min_lr = {c.min_lr}"),
+        (c.max_lr > 0, f"max_lr = {c.max_lr} must be more than 0"),
+        (c.grad_clip is None or c.grad_clip > 0, f"grad_clip = {c.grad_clip} must be more than 0"),
+        (valid_interval, f"checkpoint_interval = {interval} must be a number of steps (500) or of seconds (60s)"),
+    ):
+        require(holds, f"{path}: {rule}")
 
 
 def memory_advice(c: TrainingConfig) -> str:

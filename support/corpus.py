@@ -12,9 +12,8 @@ from support.token_files import evenly_spaced, read_tokens
 C4 = ("yimingzhang/llms-hw2", "tokens.npz")  # the course's dataset repository on the Hugging Face Hub, its file
 SAMPLE_NAME = "bundled sample of C4"
 SAMPLE_NOTE = (
-    "NOTE: no data named and no data/tokens.npz, and the course's C4 tokens cannot be fetched ({}), so this "
-    "trains on the bundled sample of C4, the assignment's corpus. The course's own validation set is another part "
-    "of C4, so compare perplexities with a margin."
+    "NOTE: the course's C4 tokens cannot be fetched ({}), so this trains on the bundled sample of C4. The "
+    "course's own validation set is another part of C4, so compare perplexities with a margin."
 )
 
 

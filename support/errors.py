@@ -1,5 +1,6 @@
 """Errors that the user can fix: one sentence and an exit status instead of a traceback."""
 
+import re
 import sys
 from contextlib import contextmanager
 
@@ -49,20 +50,17 @@ def as_user_error(
     if is_out_of_memory(error):
         return RunStopped(f"out of memory{memory_advice} ({first_line(error)})")
     if isinstance(error, OSError):
-        reason = error.strerror or first_line(error)
-        return RunStopped(
-            f"{error.filename or 'a file'}: {reason}; free some disk space or fix the file, then retry"
-        )
+        problem = f"{error.filename or 'a file'}: {error.strerror or first_line(error)}"
+        return RunStopped(f"{problem}; free some disk space or fix the file, then retry")
     return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of the machine or of a GPU is exhausted."""
-    if isinstance(error, MemoryError):
-        return True
-    # PyTorch raises a plain RuntimeError where the CPU's memory is exhausted: only its text tells.
-    words = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    # PyTorch raises a plain RuntimeError where the CPU's memory is exhausted: only its text says so.
+    words = "out of memory|can't allocate memory|Storage size calculation overflowed"
+    in_pytorch = isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
+    return in_pytorch or isinstance(error, MemoryError)
 
 
 def first_line(error: BaseException) -> str:

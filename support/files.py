@@ -23,9 +23,6 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
             yield file
             _flush_to_disk(file)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # makes the rename itself durable
-        os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -67,8 +64,6 @@ def zip_problem(path: Path, wanted: str) -> str:
         start = file.read(64).lstrip()
     if not start:
         return f"empty file instead of a {wanted}"
-    if start.startswith(b"<"):
-        return f"web page instead of a {wanted}"
-    if not start.startswith(b"PK"):
-        return f"not a {wanted}"
-    return f"{'damaged' if zipfile.is_zipfile(path) else 'truncated'} {wanted}"
+    if start.startswith(b"PK"):
+        return f"{'damaged' if zipfile.is_zipfile(path) else 'truncated'} {wanted}"
+    return f"{'web page instead of' if start.startswith(b'<') else 'not'} a {wanted}"

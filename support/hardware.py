@@ -58,9 +58,8 @@ def choose_hardware(requested: str = "auto") -> Hardware:
         there = (device.index or 0) < n_gpus
         require(there, f"device = '{requested}', but PyTorch finds {n_gpus} CUDA GPUs here; use auto or cpu")
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Hardware(device, torch.bfloat16, True, "a CUDA GPU with bfloat16 products")
-        return Hardware(device, torch.float32, True, "a CUDA GPU without bfloat16 products")
+        fast_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Hardware(device, torch.bfloat16 if fast_bfloat16 else torch.float32, True, "a CUDA GPU")
     if device.type == "mps":
         require(has_mps, f"device = '{requested}', but PyTorch finds no Apple GPU here; use auto or cpu")
         return Hardware(device, torch.float32, False, "an Apple GPU")
@@ -71,9 +70,8 @@ def choose_hardware(requested: str = "auto") -> Hardware:
 def choose_float32_products() -> None:
     """Let oneDNN multiply float32 matrices on CPUs with AVX-512, if its products are as exact as MKL's.
 
-    PyTorch uses oneDNN only if "medium" precision is allowed, and MKL otherwise, which takes twice the time on
-    AMD processors because it does not use AVX-512 there. "medium" also allows bfloat16 inside; on processors with
-    fast instructions for it (AMX), which use it, MKL stays.
+    MKL takes twice the time on AMD processors, but PyTorch uses oneDNN only if "medium" precision is allowed. That
+    also allows bfloat16 inside, which processors with fast instructions for it (AMX) use: there MKL stays.
     """
     torch.set_float32_matmul_precision("highest")
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
@@ -109,8 +107,6 @@ def compile_forward(module: torch.nn.Module, device: torch.device) -> None:
     try:
         torch.compile(torch.sin)(torch.ones(8, device=device))
     except Exception as error:  # depends on what the device's compiler lacks
-        raise UserError(
-            f"compile = true, but nothing compiles here ({first_line(error)}); install a C++ compiler "
-            "such as g++, or give compile: false"
-        ) from None
+        remedy = "install a C++ compiler such as g++, or give compile: false"
+        raise UserError(f"compile = true, but nothing compiles here ({first_line(error)}); {remedy}") from None
     module.compile()

@@ -38,12 +38,10 @@ def hub_file(repo: str, filename: str, name: str) -> Path:
     Raises Unavailable, and then no file has changed.
     """
     target = writable_or_cache_path(DATA / name)
+    if target.exists():
+        return target
     try:
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(target.with_name(f".{name}.lock")):
-                if not target.exists():  # else another process downloaded it meanwhile
-                    _download(repo, filename, target)
+        _download(repo, filename, target)
     except Exception as error:  # a broken connection, a full disk: the client raises dozens of types
         raise Unavailable(reason(error)) from None
     return target
@@ -58,12 +56,16 @@ def _download(repo: str, filename: str, target: Path) -> None:
     facts = ask(get_hf_file_metadata, url, token=False)
     if facts.commit_hash is None or facts.size is None:
         raise Unavailable("got a web page instead of the Hub; is there a captive portal?")
-    print(f"Downloading {url}, {facts.size / 1e6:,.1f} MB, once. Press Ctrl-C to stop.", flush=True)
-    staging = target.with_name(f".{target.name}.download")
-    path = hf_hub_download(repo, filename, repo_type="dataset", local_dir=staging, token=False)
-    os.replace(path, target)
-    shutil.rmtree(staging)
-    print(f"Saved to {target}.", flush=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if target.exists():  # another process downloaded it meanwhile
+            return
+        print(f"Downloading {url}, {facts.size / 1e6:,.1f} MB, once. Press Ctrl-C to stop.", flush=True)
+        staging = target.with_name(f".{target.name}.download")
+        path = hf_hub_download(repo, filename, repo_type="dataset", local_dir=staging, token=False)
+        os.replace(path, target)
+        shutil.rmtree(staging)
+        print(f"Saved to {target}.", flush=True)
 
 
 def ask(question: Callable, *args, **options):

@@ -16,10 +16,8 @@ class MetricsLog:
 
     def __init__(self, path: Path, start_step: int = 0):
         """Start the file, or keep its rows before start_step if a run is resumed. May raise OSError."""
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if start_step and path.exists() else []
-        done = set(map(str, range(start_step)))
-        kept = [line for line in lines if line.partition(",")[0] in done]
-        write_atomically(path, ",".join(COLUMNS) + "\n" + "".join(kept))
+        rows = path.read_text(errors="replace").splitlines(keepends=True)[1:] if path.exists() else []
+        write_atomically(path, ",".join(COLUMNS) + "\n" + "".join(rows[:start_step]))
         self._file = path.open("ab", buffering=0)  # unbuffered: what was written is in the file
         self._pending = b""
 
@@ -52,8 +50,7 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
 def area_under_roc(p: np.ndarray, labels: np.ndarray) -> float:
     """The probability that a random positive has a larger p than a random negative; ties count half.
 
-    p and labels (0 or 1) have shape (N,). NaN if a class is missing. This is the Mann-Whitney statistic (Hanley
-    and McNeil 1982).
+    p and labels (0 or 1) have shape (N,). NaN if a class is missing. This is the Mann-Whitney statistic.
     """
     positive, negative = p[labels == 1], np.sort(p[labels == 0])
     if not (len(positive) and len(negative)):

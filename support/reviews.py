@@ -13,6 +13,10 @@ from support.text import read_jsonl
 
 # The dataset repository on the Hugging Face Hub, and the one file of its test split.
 YELP = ("fancyzhx/yelp_polarity", "plain_text/test-00000-of-00001.parquet")
+SAMPLE_NOTE = (
+    "NOTE: this is NOT Yelp, which cannot be downloaded ({}), but the bundled sample of product reviews. Its "
+    "accuracies are not comparable with Yelp's."
+)
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,9 @@ def load_reviews(
         try:
             name, reviews = "Yelp polarity, test split", _read_yelp(hub_file(*YELP, "yelp_test.parquet"))
         except Unavailable as error:
-            remedy = "retry with a network, or give --data sample"
-            require(data is None, f"--data yelp: not in data/, and it cannot be downloaded ({error}); {remedy}")
-            data = "sample"
-            note = (
-                "NOTE: this is NOT Yelp but the bundled sample of product reviews, so its accuracies are not "
-                f"comparable with Yelp's; {YELP[0]} cannot be downloaded ({error})."
-            )
+            problem = f"not in data/, and it cannot be downloaded ({error})"
+            require(data is None, f"--data yelp: {problem}; retry with a network, or give --data sample")
+            data, note = "sample", SAMPLE_NOTE.format(error)
     if data == "sample":
         name, reviews = "bundled sample of product reviews", list(_read_file(DATA / "reviews.jsonl"))
     elif data not in (None, "yelp"):
@@ -63,17 +63,17 @@ def _read_yelp(path: Path) -> list[tuple[str, int]]:
     try:
         columns = parquet.read_table(path, columns=["text", "label"]).to_pydict()
     except Exception as error:  # pyarrow raises many types for a file that is not parquet
-        remedy = "delete it to download it again"
-        raise UserError(f"{path}: cannot be read as parquet ({first_line(error)}); {remedy}") from None
+        problem = f"cannot be read as parquet ({first_line(error)})"
+        raise UserError(f"{path}: {problem}; delete it to download it again") from None
     # Line breaks and quotes are escaped in the original data.
     texts = [text.replace("\\n", "\n").replace('\\"', '"') for text in columns["text"]]
     return list(zip(texts, columns["label"], strict=True))
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, int]]:
-    require(path.is_file(), f"{path}: no such file; give a .csv or .jsonl with text and label")
     is_jsonl = path.name.endswith((".jsonl", ".jsonl.gz"))
-    require(is_jsonl or path.suffix == ".csv", f"{path}: neither .csv nor .jsonl; give a file with text and label")
+    require(path.is_file(), f"{path}: no such file; give a .csv or .jsonl with text and label")
+    require(is_jsonl or path.suffix == ".csv", f"{path}: neither .csv nor .jsonl; convert it")
     for line, record in read_jsonl(path) if is_jsonl else _read_csv(path):
         text, label = record["text"], str(record.get("label")).strip()
         require(label in ("0", "1"), f"{path}, line {line}: the label is {label}; it must be 0 or 1")
@@ -83,14 +83,13 @@ def _read_file(path: Path) -> Iterator[tuple[str, int]]:
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """(line number, record) for a csv file with text and label in its header."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, strict=True)  # strict: an open quote would swallow the rest of the file
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, strict=True)  # strict: an open quote would swallow the rest of the file
+        try:
             found = {"text", "label"} <= set(rows.fieldnames or ())
             require(found, f"{path}, line 1: no header with text and label; add the line text,label")
             for record in rows:
                 yield rows.line_num, record
-    except csv.Error as error:
-        raise UserError(f"{path}, line {rows.reader.line_num}: invalid csv ({error}); check its quotes") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert it") from None
+        except (csv.Error, UnicodeDecodeError) as error:
+            where = f"{path}, line {rows.reader.line_num}"
+            raise UserError(f"{where}: invalid csv or not UTF-8 text ({error}); fix it") from None

@@ -13,7 +13,7 @@ import numpy as np
 from tiktoken import Encoding
 from tqdm import tqdm
 
-from support.errors import UserError, first_line
+from support.errors import UserError, first_line, require
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -33,10 +33,10 @@ def read_jsonl(path: Path, progress: bool = False) -> Iterator[tuple[int, dict]]
             continue
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: invalid JSON ({error}); write one object per line") from None
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise UserError(f"{path}, line {number}: no string in the field 'text'; add it or remove the line")
+        except (ValueError, RecursionError):
+            record = None
+        valid = isinstance(record, dict) and isinstance(record.get("text"), str)
+        require(valid, f"{path}, line {number}: not a JSON object with a string 'text'; fix or remove the line")
         yield number, record
 
 
@@ -50,8 +50,7 @@ def _read_text(path: Path) -> Iterator[tuple[str, bool]]:
     for block in _read_blocks(path, size=1 << 20):
         *documents, rest = (rest + block).split(END_OF_TEXT)
         yield from ((document, True) for document in documents)
-        cut = re.match(r".*\S(?=[ \n])", rest, re.DOTALL)
-        if cut:
+        if cut := re.match(r".*\S(?=[ \n])", rest, re.DOTALL):
             yield cut.group(), False
             rest = rest[cut.end() :]
     yield rest, True
@@ -59,21 +58,17 @@ def _read_text(path: Path) -> Iterator[tuple[str, bool]]:
 
 def _read_blocks(path: Path, size: int | None, progress: bool = True) -> Iterator[str]:
     """Lines, or blocks of `size` characters, of a UTF-8 file, which may be compressed with gzip."""
-    hide = None if progress else True
+    n_bytes, hide = path.stat().st_size, None if progress else True
     try:
-        with (
-            path.open("rb") as raw,
-            tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=hide) as bar,
-        ):
+        with path.open("rb") as raw, tqdm(total=n_bytes, unit="B", unit_scale=True, disable=hide) as bar:
             binary = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
             text = io.TextIOWrapper(binary, encoding="utf-8-sig")
             while block := text.readline() if size is None else text.read(size):
                 yield block
                 bar.update(raw.tell() - bar.n)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert it or give another file") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)}); give another file") from None
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else first_line(error)
+        raise UserError(f"{path}: cannot be read ({reason}); give another file") from None
 
 
 def tokenise(pieces: Iterable[tuple[str, bool]], tokenizer: Encoding, file: BinaryIO) -> Iterator[int]:
@@ -94,19 +89,17 @@ def split_held_out(lengths: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
     """Split documents of these lengths: the starts and ends, (n, 2), of the tokens in `train` and in `val`.
 
     val gets 1% of the tokens, but at least 65,536 or 10%, whichever is smaller. It consists of whole random
-    documents that keep it below twice that amount or, failing that, below half of all tokens. If there are not
-    enough of these, as in a single text, it is the end of the text.
+    documents, together at most half of all tokens. If that leaves too few, as in a single text, it is the end of
+    the text.
     """
     ends = np.cumsum(lengths)
     total = int(ends[-1])
     target = max(-(-total // 100), min(65_536, -(-total // 10)))
     held_out, n_held_out = np.zeros(len(lengths), dtype=bool), 0
-    order = np.random.default_rng(seed).permutation(len(lengths))
-    for limit in (2 * target, total // 2):
-        for document in order:
-            if n_held_out < target and not held_out[document] and n_held_out + lengths[document] <= limit:
-                held_out[document] = True
-                n_held_out += lengths[document]
+    for document in np.random.default_rng(seed).permutation(len(lengths)):
+        if n_held_out < target and n_held_out + lengths[document] <= total // 2:
+            held_out[document] = True
+            n_held_out += lengths[document]
     if n_held_out < target:
         return {"train": np.array([(0, total - target)]), "val": np.array([(total - target, total)])}
     runs = np.stack([ends - lengths, ends], axis=1)

@@ -1,8 +1,8 @@
 """Token files: the splits `train` and `val`, 1-D integer arrays, in one .npz or as .npy files in a folder.
 
-A folder is memory-mapped, so its size affects neither the start nor the memory of a run. An .npz cannot be mapped:
-a large one is converted once, as a text is, to a folder of uint16, `<name>.tokens` beside it. The file source.json
-in that folder, written last, says what it was made of: a changed source or a killed conversion is converted again.
+A folder is memory-mapped, so its size affects neither the start nor the memory of a run. Texts and large .npz
+files are converted once to such a folder, `<name>.tokens` beside the file. The file source.json in it, written
+last, says what it was made of: a changed source or a killed conversion is converted again.
 """
 
 import json
@@ -23,7 +23,7 @@ from support.tokenizer import get_tokenizer
 
 SPLITS = ("train", "val")
 LARGE = 1 << 24  # tokens; an .npz that has more is converted to a folder
-FORMAT = 3  # raise it when the split or the tokenisation changes: texts are then converted again
+FORMAT = 4  # raise it when the split or the tokenisation changes: texts are then converted again
 REMEDY = "download it again or build it with data/prepare.py"
 
 
@@ -36,16 +36,21 @@ def read_tokens(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
     if path.is_dir():
         return _read_folder(path, n_vocab)
     folder = writable_or_cache_path(path.with_name(f"{path.name}.tokens"))
-    if not _is_made_of(path, folder):
+    facts, note = path.stat(), folder / "source.json"
+    source = json.dumps({"format": FORMAT, "bytes": facts.st_size, "modified_ns": facts.st_mtime_ns}) + "\n"
+    if not note.exists() or note.read_text(errors="replace") != source:
         if path.suffix == ".npz":
             train, val = _read_npz(path, n_vocab)
             if len(train) + len(val) < LARGE:
                 return train, val
             print(f"{path} is large: converting it once to {folder}, which can be memory-mapped.", flush=True)
-            _write_folder(folder, train, val)
+            folder.mkdir(parents=True, exist_ok=True)
+            for split, tokens in zip(SPLITS, (train, val), strict=True):
+                with atomic_file(folder / f"{split}.npy") as file:
+                    np.save(file, tokens.astype(np.uint16, copy=False))
         else:
             _tokenise_text(path, folder)
-        write_atomically(folder / "source.json", _stamp(path))
+        write_atomically(note, source)
     return _read_folder(folder, n_vocab)
 
 
@@ -56,12 +61,9 @@ def evenly_spaced(tokens: np.ndarray, at_most: int = 1 << 24) -> Iterator[np.nda
         yield tokens[start : start + (1 << 16)]
 
 
-# --- Reading ------------------------------------------------------------------------------------------------
-
-
 def _read_folder(folder: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
     splits = []
-    for path in (folder / "train.npy", folder / "val.npy"):
+    for path in (folder / f"{split}.npy" for split in SPLITS):
         try:
             tokens = npy.open_memmap(path, mode="r")  # never unpickles
         except Exception as error:  # numpy raises many types for a file that is not an array
@@ -74,23 +76,17 @@ def _read_folder(folder: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _read_npz(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
     require(zipfile.is_zipfile(path), f"{path}: {zip_problem(path, '.npz file')}; {REMEDY}")
-    splits = []
     try:
         with np.load(path, allow_pickle=False) as archive:
-            for key in SPLITS:
-                if key == "train" and archive.files == ["val"]:  # a file to evaluate on
-                    splits.append(np.empty(0, np.uint16))
-                    continue
-                found = ", ".join(archive.files) or "nothing"
-                require(key in archive.files, f"{path}: '{key}' is missing, found {found}; {REMEDY}")
-                splits.append(archive[key])  # the CRC is compared at the end of the array
-                require(isinstance(splits[-1], np.ndarray), f"{path}: '{key}' is not a numpy array; {REMEDY}")
-                _check_tokens(splits[-1], f"{path}: '{key}'", n_vocab)
-    except UserError:
-        raise
+            found = archive.files
+            # The CRC of an array is compared while it is read. A member that is no array comes as bytes.
+            splits = {key: np.asarray(archive[key]) for key in SPLITS if key in found}
     except Exception as error:  # zipfile, zlib and numpy raise many types; a damaged size is a MemoryError
         raise UserError(f"{path}: damaged .npz file, or too large ({first_line(error)}); {REMEDY}") from None
-    return splits[0], splits[1]
+    for key in ("val",) if found == ["val"] else SPLITS:
+        require(key in found, f"{path}: '{key}' is missing, found {', '.join(found) or 'nothing'}; {REMEDY}")
+        _check_tokens(splits[key], f"{path}: '{key}'", n_vocab)
+    return splits.get("train", np.empty(0, np.uint16)), splits["val"]
 
 
 def _check_tokens(tokens: np.ndarray, where: str, n_vocab: int) -> None:
@@ -100,27 +96,13 @@ def _check_tokens(tokens: np.ndarray, where: str, n_vocab: int) -> None:
         "integers; build the file with data/prepare.py",
     )
     # Of a file that stays on the disk, evenly spaced parts are enough to notice another tokenizer.
-    for part in evenly_spaced(tokens) if isinstance(tokens, np.memmap) else [tokens]:
-        for extreme in (int(part.min()), int(part.max())):
-            require(
-                0 <= extreme < n_vocab,
-                f"{where} contains the token id {extreme}, but the tokenizer's ids are 0 to {n_vocab - 1}; "
-                "tokenise the text with the tokenizer of the configuration",
-            )
-
-
-# --- Writing ------------------------------------------------------------------------------------------------
-
-
-def _stamp(source: Path) -> str:
-    """What source.json says about the file that a folder was made of."""
-    facts = source.stat()
-    return json.dumps({"format": FORMAT, "bytes": facts.st_size, "modified_ns": facts.st_mtime_ns}) + "\n"
-
-
-def _is_made_of(source: Path, folder: Path) -> bool:
-    note = folder / "source.json"
-    return note.exists() and note.read_text(errors="replace") == _stamp(source)
+    parts = list(evenly_spaced(tokens)) if isinstance(tokens, np.memmap) else [tokens]
+    smallest, largest = min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
+    require(
+        smallest >= 0 and largest < n_vocab,
+        f"{where} contains the token id {smallest if smallest < 0 else largest}, but the tokenizer's ids are "
+        f"0 to {n_vocab - 1}; tokenise the text with the tokenizer of the configuration",
+    )
 
 
 def _tokenise_text(path: Path, folder: Path) -> None:
@@ -132,13 +114,6 @@ def _tokenise_text(path: Path, folder: Path) -> None:
         for split, runs in split_held_out(lengths).items():
             with atomic_file(folder / f"{split}.npy") as file:
                 write_runs(file, spool, runs)
-
-
-def _write_folder(folder: Path, train: np.ndarray, val: np.ndarray) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, tokens in (("train", train), ("val", val)):
-        with atomic_file(folder / f"{split}.npy") as file:
-            np.save(file, tokens.astype(np.uint16, copy=False))
 
 
 def write_runs(file: BinaryIO, spool: BinaryIO, runs: np.ndarray) -> None:

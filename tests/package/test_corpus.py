@@ -356,7 +356,7 @@ def test_member_that_is_no_array_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
         archive.writestr("train.npy", "no array")
         archive.writestr("val.npy", "no array")
-    with pytest.raises(UserError, match="'train' is not a numpy array"):
+    with pytest.raises(UserError, match=r"'train' has type \|S8"):
         load_corpus(str(tmp_path / "text.npz"), N_VOCAB)
 
 
@@ -382,7 +382,7 @@ def test_mutated_npz_loads_unchanged_or_is_refused(token_file):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "line 3.*invalid JSON"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "line 3: not a JSON object"),
         ("b.jsonl", b'{"text": "x"}\n{"txt": "x"}\n', "line 2.*'text'"),
         ("c.jsonl", b'{"text": 5}\n', "line 1.*'text'"),
         ("d.jsonl", b"[1]\n", "line 1"),
