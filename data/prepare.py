@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.errors import UserError, exit_on_user_error, require  # noqa: E402
 from support.files import atomic_file, write_atomically  # noqa: E402
 from support.hub import ask, reason  # noqa: E402
-from support.text import read_jsonl, read_pieces, split_held_out, tokenise  # noqa: E402
+from support.text import read_documents, read_jsonl, split_held_out, tokenise  # noqa: E402
 from support.token_files import write_runs  # noqa: E402
 from support.tokenizer import get_tokenizer  # noqa: E402
 
@@ -60,16 +60,11 @@ def hub_records(name: str, config: str | None) -> Iterator[dict]:
         raise UserError(f"hf:{name}: cannot be read{read} ({reason(error)}); fix that and retry") from None
 
 
-def documents(source: str, config: str | None) -> Iterator[tuple[str, bool]]:
-    """The documents of the source, as `tokenise` takes them."""
+def documents(source: str, config: str | None) -> Iterator[str]:
+    """The documents of the source."""
     if source.startswith(HUB):
-        texts = (record["text"] for record in hub_records(source.removeprefix(HUB), config))
-    elif source.endswith((".jsonl", ".jsonl.gz")):
-        texts = (record["text"] for _, record in read_jsonl(Path(source), progress=True))
-    else:
-        yield from read_pieces(Path(source))
-        return
-    yield from ((text, True) for text in texts if text.strip())
+        return (record["text"] for record in hub_records(source.removeprefix(HUB), config))
+    return read_documents(Path(source))
 
 
 def draw(lengths: array, wanted: dict[str, int], order: Sequence[int]) -> dict[str, Sequence[int]]:

@@ -78,10 +78,15 @@ def _read_weights(path: Path, config: ModelConfig, n_vocab: int) -> dict:
 
 def _fill(model: DecoderLM, state: dict, path: str | Path, config: ModelConfig) -> None:
     try:
-        for name, found in _dimensions(state).items():
+        n_positions, n_embd = state["position_embeddings.weight"].shape
+        found = {"n_embd": n_embd, "n_positions": n_positions}
+        scale_factor = state.get("blocks.0.mha.scale_factor")  # 1 / sqrt(n_embd / n_head)
+        if scale_factor is not None:
+            found["n_head"] = round(n_embd * float(scale_factor) ** 2)
+        for name, value in found.items():
             wanted = getattr(config, name)
-            problem = f"the weights have {name} = {found}, but the configuration says {name} = {wanted}"
-            require(found == wanted, f"{path}: {problem}; use the config.yaml that was saved with them")
+            problem = f"the weights have {name} = {value}, but the configuration says {name} = {wanted}"
+            require(value == wanted, f"{path}: {problem}; use the config.yaml that was saved with them")
         for key, value in model.state_dict().items():
             if key.endswith("scale_factor"):  # a constant, which half precision would round
                 state[key] = value
@@ -91,17 +96,6 @@ def _fill(model: DecoderLM, state: dict, path: str | Path, config: ModelConfig) 
     for name, parameter in model.named_parameters():
         finite = bool(parameter.isfinite().all())
         require(finite, f"{path}: '{name}' has values that are not finite; the run diverged, use another one")
-
-
-def _dimensions(state: dict) -> dict[str, int]:
-    """The values of the model's configuration that the tensors of its state dict show."""
-    n_positions, n_embd = state["position_embeddings.weight"].shape
-    blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
-    found = {"n_layer": len(blocks), "n_embd": n_embd, "n_positions": n_positions}
-    scale_factor = state.get("blocks.0.mha.scale_factor")  # 1 / sqrt(n_embd / n_head)
-    if scale_factor is not None:
-        found["n_head"] = round(n_embd * float(scale_factor) ** 2)
-    return found
 
 
 @dataclass(frozen=True)
@@ -160,9 +154,7 @@ def find_checkpoint(config_path: str | None, checkpoint: str | None) -> tuple[Pa
     if config_path:
         return Path(load_config(config_path).output_dir) / "model.pt", f"output_dir of {config_path}"
     runs = [path for folder in {Path.cwd(), ROOT} for path in folder.glob("outputs/*/model.pt")]
-    if runs:
-        newest = max(runs, key=lambda path: path.stat().st_mtime)
-        return Path(os.path.relpath(newest)), "the newest in outputs/; name another to use that"
-    shipped = Path(os.path.relpath(ROOT / "model.pt"))
-    require(shipped.exists(), "no trained model found; train one with python train.py configs/GPT-tiny.yaml")
-    return shipped, "it comes with the package; name another to use that"
+    newest = max(runs, key=lambda path: path.stat().st_mtime, default=ROOT / "model.pt")
+    require(newest.exists(), "no trained model found; train one with python train.py configs/GPT-tiny.yaml")
+    how_found = "the newest in outputs/" if runs else "it comes with the package"
+    return Path(os.path.relpath(newest)), f"{how_found}; name another to use that"

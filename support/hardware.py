@@ -34,10 +34,10 @@ class Hardware:
         """The GPU's or processor's name."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        cpuinfo = Path("/proc/cpuinfo")
-        models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-        models += [platform.processor() or platform.machine()]
-        return f"{models[0]}, {torch.get_num_threads()} threads"
+        cpuinfo = Path("/proc/cpuinfo")  # of Linux
+        found = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+        processor = found.group(1) if found else platform.processor()
+        return f"{processor}, {torch.get_num_threads()} threads"
 
     def __str__(self) -> str:
         return f"{self.device}, {str(self.dtype).removeprefix('torch.')} ({self.reason})"
@@ -48,8 +48,8 @@ def choose_hardware(requested: str = "auto") -> Hardware:
 
     Raises UserError if this machine or PyTorch build does not have it.
     """
-    known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", requested)
-    require(bool(known), f"device = '{requested}' is unknown; use auto, cuda, mps or cpu")
+    known = bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", requested))
+    require(known, f"device = '{requested}' is unknown; use auto, cuda, mps or cpu")
     n_gpus, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     best = "cuda" if n_gpus else "mps" if has_mps else "cpu"
     device = torch.device(best if requested == "auto" else requested)
@@ -58,8 +58,9 @@ def choose_hardware(requested: str = "auto") -> Hardware:
         there = (device.index or 0) < n_gpus
         require(there, f"device = '{requested}', but PyTorch finds {n_gpus} CUDA GPUs here; use auto or cpu")
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
-        fast_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Hardware(device, torch.bfloat16 if fast_bfloat16 else torch.float32, True, "a CUDA GPU")
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Hardware(device, torch.bfloat16, True, "a CUDA GPU with bfloat16 products")
+        return Hardware(device, torch.float32, True, "a CUDA GPU without bfloat16 products")
     if device.type == "mps":
         require(has_mps, f"device = '{requested}', but PyTorch finds no Apple GPU here; use auto or cpu")
         return Hardware(device, torch.float32, False, "an Apple GPU")

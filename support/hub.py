@@ -1,10 +1,9 @@
 """Files from the Hugging Face Hub, and a quick answer where it cannot be reached.
 
-Downloaded files stay in data/, or in the user's cache folder if data/ is not writable. The client,
-huggingface_hub, resumes broken connections and obeys HF_ENDPOINT (a mirror) and HF_HUB_OFFLINE=1 (no network).
+Downloaded files stay in data/. The client, huggingface_hub, resumes broken connections and obeys HF_ENDPOINT (a
+mirror) and HF_HUB_OFFLINE=1 (no network).
 """
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -24,20 +23,12 @@ class Unavailable(Exception):
     """The Hub does not give what was asked for; the message is the reason in a few words."""
 
 
-def writable_or_cache_path(path: Path) -> Path:
-    """The path itself or, if its folder is not writable, a path of that name in the user's cache folder."""
-    if path.exists() or os.access(path.parent, os.W_OK):
-        return path
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "decoder-from-scratch"
-    return cache / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16] / path.name
-
-
 def hub_file(repo: str, filename: str, name: str) -> Path:
     """The path of a file of a dataset repository, kept as data/<name>; downloads it if it is not there.
 
     Raises Unavailable, and then no file has changed.
     """
-    target = writable_or_cache_path(DATA / name)
+    target = DATA / name
     if target.exists():
         return target
     try:
@@ -56,7 +47,6 @@ def _download(repo: str, filename: str, target: Path) -> None:
     facts = ask(get_hf_file_metadata, url, token=False)
     if facts.commit_hash is None or facts.size is None:
         raise Unavailable("got a web page instead of the Hub; is there a captive portal?")
-    target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):
         if target.exists():  # another process downloaded it meanwhile
             return
@@ -69,7 +59,7 @@ def _download(repo: str, filename: str, target: Path) -> None:
 
 
 def ask(question: Callable, *args, **options):
-    """`question(*args, **options)`, a call of the Hub's client; Unavailable if it fails or takes too long."""
+    """`question(*args, **options)`, a call of the Hub's client; Unavailable if it takes too long."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -78,8 +68,6 @@ def ask(question: Callable, *args, **options):
         return in_background(lambda: question(*args, **options)).result(PATIENCE_SECONDS)
     except TimeoutError:
         raise Unavailable(f"no answer within {PATIENCE_SECONDS} seconds") from None
-    except Exception as error:
-        raise Unavailable(reason(error)) from None
 
 
 def reason(error: Exception) -> str:

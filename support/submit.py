@@ -10,7 +10,6 @@ import argparse
 import ast
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -26,13 +25,13 @@ from support.screen import bold, heading
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("model.py", "train.py", "generate.py", "classify.py")
 ALLOWED = {"torch", "numpy", "yaml", "wandb", "datasets", "tqdm", "tiktoken"}  # the assignment's packages
-ALLOWED |= sys.stdlib_module_names | {name.removesuffix(".py") for name in CODE}
+ALLOWED |= sys.stdlib_module_names | {name.removesuffix(".py") for name in CODE} | {"support"}
 READY_MADE = {"Transformer", "TransformerEncoder", "TransformerEncoderLayer", "TransformerDecoder"}
 READY_MADE |= {"TransformerDecoderLayer", "MultiheadAttention", "multi_head_attention_forward"}
 READY_MADE |= {"scaled_dot_product_attention", "flex_attention"}
 MOST_MEGABYTES, MOST_FLOPS = 100, 1e17
-# weights_sha256 of every model.pt that the package has shipped with
-SHIPPED_SHA256 = frozenset({"53f245caffcad129f6096b6c0b770a0c042802f64df5d37955e9a35d674eecfe"})
+# sha256 of every model.pt that the package has shipped with
+SHIPPED_SHA256 = frozenset({"f3652ae043f8d1140ea39167af74fe77ac01e786a7c5731a9aa7a365d71fdadd"})
 
 
 def check_code(files: dict[str, Path]) -> str:
@@ -44,50 +43,44 @@ def check_code(files: dict[str, Path]) -> str:
             tree = ast.parse(files[name].read_text(encoding="utf-8"))
         except (SyntaxError, ValueError) as error:
             raise UserError(f"{name} is not valid Python ({error}); fix it") from None
-        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-        in_functions = {node for function in functions for node in ast.walk(function)}
         for node in ast.walk(tree):
-            where = f"{name}, line {getattr(node, 'lineno', 1)}"
-            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
-            imported = [node.module or "."] if isinstance(node, ast.ImportFrom) else names
-            for package in (path.partition(".")[0] or path for path in imported):
-                # Support code may be used by main(), which the course's tests do not call.
-                good = package in ALLOWED or (package == "support" and node in in_functions)
-                require(good, f"{where}, imports '{package}', which the assignment does not allow; remove it")
-            for word in READY_MADE.intersection([*names, getattr(node, "attr", ""), getattr(node, "id", "")]):
-                raise UserError(f"{where}, uses {word}; write it with tensor operations")
+            names, packages = [getattr(node, "attr", ""), getattr(node, "id", "")], []
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = packages = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                packages = [node.module or "."]
+            for package in packages:
+                # main() may use support; `check_alone` finds an import of it at the top of a file.
+                allowed = (package.partition(".")[0] or ".") in ALLOWED
+                problem = f"{name}, line {node.lineno}, imports '{package}', which the assignment does not allow"
+                require(allowed, f"{problem}; remove it")
+            for word in READY_MADE.intersection(names):
+                raise UserError(f"{name}, line {node.lineno}, uses {word}; write it with tensor operations")
     return f"{', '.join(CODE)}: allowed imports only, no ready-made layers"
 
 
 def check_alone(files: dict[str, Path]) -> str:
     """The four files load and run in a folder that has nothing else but the tests."""
     with tempfile.TemporaryDirectory() as folder:
+
+        def run(*arguments: str) -> subprocess.CompletedProcess:
+            command = [sys.executable, "-E", *arguments]  # -E: no PYTHONPATH
+            return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
         for name in CODE:
             shutil.copy(files[name], folder)
         others = shutil.ignore_patterns("package", "instructor", "__pycache__")
         shutil.copytree(ROOT / "tests", f"{folder}/tests", ignore=others)
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        options = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
-        modules = ", ".join(name.removesuffix(".py") for name in CODE)
-        run = subprocess.run([sys.executable, "-c", f"import {modules}"], **options)
-        error = run.stderr.strip().rpartition("\n")[2]
-        require(run.returncode == 0, f"the files do not run alone ({error}); import nothing of your own from them")
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--points-json=points", "tests"]
-        run = subprocess.run(command, **options)
+        imported = run("-c", "import model, train, generate, classify")
+        error = imported.stderr.strip().rpartition("\n")[2]
+        require(imported.returncode == 0, f"the files do not run alone ({error}); import nothing of your own")
+        tested = run("-m", "pytest", "-p", "no:cacheprovider", "--points-json=points", "tests")
         points = Path(folder, "points")
-        require(points.exists(), f"the tests did not run ({run.stdout.strip()[-200:]}); try pytest tests/")
+        require(points.exists(), f"the tests did not run ({tested.stdout.strip()[-200:]}); try pytest tests/")
         parts = json.loads(points.read_text(encoding="utf-8"))["tests"]
     got, full = (sum(part[key] for part in parts) for key in ("score", "max_score"))
     lost = [part["name"] for part in parts if part["score"] < part["max_score"]]
     return f"the files run alone: {got} of {full} points" + (f", lost: {', '.join(lost)}" if lost else "")
-
-
-def weights_sha256(model) -> str:
-    """The sha256 of the values alone, whatever the file format, key prefixes and (wide enough) precision."""
-    digest = hashlib.sha256()
-    for _, tensor in sorted(model.state_dict().items()):
-        digest.update(tensor.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def check_checkpoint(files: dict[str, Path], named: str | None) -> str:
@@ -97,19 +90,15 @@ def check_checkpoint(files: dict[str, Path], named: str | None) -> str:
     path = find_checkpoint(None, named)[0]
     files |= {"model.pt": path, "config.yaml": path.parent / "config.yaml"}
     require(path.name == "model.pt", f"{path}: the course asks for the exact name model.pt; rename it")
-    config = files["config.yaml"]
-    require(config.is_file() or not path.is_file(), f"{config} is missing; copy it from the run that made {path}")
     trained = load_trained_model(None, str(path))
-    shipped = weights_sha256(trained.model) in SHIPPED_SHA256
+    shipped = hashlib.sha256(path.read_bytes()).hexdigest() in SHIPPED_SHA256
     require(not shipped, f"{path} came with the package; hand in one of your own")
     megabytes = path.stat().st_size / 1e6
-    small = megabytes < MOST_MEGABYTES
-    require(
-        small, f"{path} has {megabytes:.1f} MB, the course takes under {MOST_MEGABYTES}; train a smaller model"
-    )
+    limit = f"the course takes under {MOST_MEGABYTES}; train a smaller model"
+    require(megabytes < MOST_MEGABYTES, f"{path} has {megabytes:.1f} MB, {limit}")
     c = trained.config
-    steps = c.num_training_steps * c.grad_accumulation_steps
-    flops = trained.model.flops_per_token * steps * c.batch_size * c.seq_len
+    tokens = c.num_training_steps * c.grad_accumulation_steps * c.batch_size * c.seq_len
+    flops = trained.model.flops_per_token * tokens
     require(flops <= MOST_FLOPS, f"{path} took {flops:.3g} FLOPs, more than the 1e17 allowed; train fewer steps")
     return f"{path}: {megabytes:.1f} MB, fits the config.yaml beside it, {flops:.3g} of 1e17 FLOPs"
 
@@ -133,17 +122,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--report", metavar="PDF", help="your answers (default: the PDF here or in report/)")
     parser.add_argument("--force", action="store_true", help="write the zip file even if checks fail")
     args = parser.parse_args(argv)
-    files, n_failed = {}, 0  # name in the zip file -> where it is
+    files, failed = {}, []  # {name in the zip file: where it is}, the checks that failed
 
     def passes(check, *arguments) -> bool:
-        nonlocal n_failed
         try:
             print(f"[OK] {check(files, *arguments)}", flush=True)
-            return True
         except Exception as error:  # the student's code may raise anything
             print(f"[FAIL] {error if isinstance(error, UserError) else f'your code raised {error!r}; fix it'}")
-            n_failed += 1
-            return False
+            failed.append(check)
+        return check not in failed
 
     with exit_on_user_error():
         require(bool(re.fullmatch("[a-z][a-z0-9]*", args.andrew_id)), f"'{args.andrew_id}' is not an Andrew ID")
@@ -152,12 +139,13 @@ def main(argv: list[str] | None = None) -> None:
             passes(check_alone)
         passes(check_checkpoint, args.checkpoint)
         passes(check_report, f"{args.andrew_id}.pdf", args.report)
-        require(not n_failed or args.force, f"{n_failed} checks failed; fix them, or pack with --force")
+        require(not failed or args.force, f"{len(failed)} checks failed; fix them, or pack with --force")
         target = Path(f"{args.andrew_id}.zip")
         with atomic_file(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name in filter(lambda name: files[name].is_file(), files):
-                archive.write(files[name], name)
-        verdict = f"WARNING: {n_failed} checks failed, packed anyway" if n_failed else "Ready to hand in"
+            for name, path in files.items():
+                if path.is_file():
+                    archive.write(path, name)
+        verdict = f"WARNING: {len(failed)} checks failed, packed anyway" if failed else "Ready to hand in"
         print("\n" + bold(f"{verdict}: {target}") + f" ({target.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -1,9 +1,8 @@
-"""From text to tokens: files of any size are read, tokenised and split in pieces."""
+"""From text to tokens: files of any size are read, tokenised and split, one document at a time."""
 
 import gzip
 import io
 import json
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,17 +17,27 @@ from support.errors import UserError, first_line, require
 END_OF_TEXT = "<|endoftext|>"
 
 
-def read_pieces(path: Path) -> Iterator[tuple[str, bool]]:
-    """(piece of text, whether a document ends with it) in file order; shows a progress bar."""
+def read_documents(path: Path) -> Iterator[str]:
+    """The documents of a file in their order; shows a progress bar.
+
+    Those of a .jsonl or .jsonl.gz are the fields `text`; in any other file `<|endoftext|>` separates them.
+    """
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from ((record["text"], True) for _, record in read_jsonl(path, progress=True))
-    else:
-        yield from _read_text(path)
+        yield from (record["text"] for _, record in read_jsonl(path, progress=True))
+        return
+    parts = []
+    for line in _read_lines(path, progress=True):
+        *ends, rest = line.split(END_OF_TEXT)
+        for end in ends:
+            yield "".join([*parts, end])
+            parts = []
+        parts.append(rest)
+    yield "".join(parts)
 
 
 def read_jsonl(path: Path, progress: bool = False) -> Iterator[tuple[int, dict]]:
     """(line number, object) of a .jsonl or .jsonl.gz; UserError names a line without a string `text`."""
-    for number, line in enumerate(_read_blocks(path, None, progress), start=1):
+    for number, line in enumerate(_read_lines(path, progress), start=1):
         if not line.strip():
             continue
         try:
@@ -40,49 +49,27 @@ def read_jsonl(path: Path, progress: bool = False) -> Iterator[tuple[int, dict]]
         yield number, record
 
 
-def _read_text(path: Path) -> Iterator[tuple[str, bool]]:
-    """Documents are separated by a literal `<|endoftext|>`; long ones come in several pieces.
-
-    A piece ends before a space or line break that follows another character. No token of GPT-2 spans such a
-    place, so the tokens are the same as those of the whole text.
-    """
-    rest = ""
-    for block in _read_blocks(path, size=1 << 20):
-        *documents, rest = (rest + block).split(END_OF_TEXT)
-        yield from ((document, True) for document in documents)
-        if cut := re.match(r".*\S(?=[ \n])", rest, re.DOTALL):
-            yield cut.group(), False
-            rest = rest[cut.end() :]
-    yield rest, True
-
-
-def _read_blocks(path: Path, size: int | None, progress: bool = True) -> Iterator[str]:
-    """Lines, or blocks of `size` characters, of a UTF-8 file, which may be compressed with gzip."""
+def _read_lines(path: Path, progress: bool) -> Iterator[str]:
+    """The lines of a UTF-8 file, which may be compressed with gzip."""
     n_bytes, hide = path.stat().st_size, None if progress else True
     try:
         with path.open("rb") as raw, tqdm(total=n_bytes, unit="B", unit_scale=True, disable=hide) as bar:
             binary = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-            text = io.TextIOWrapper(binary, encoding="utf-8-sig")
-            while block := text.readline() if size is None else text.read(size):
-                yield block
+            for line in io.TextIOWrapper(binary, encoding="utf-8-sig"):
+                yield line
                 bar.update(raw.tell() - bar.n)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else first_line(error)
         raise UserError(f"{path}: cannot be read ({reason}); give another file") from None
 
 
-def tokenise(pieces: Iterable[tuple[str, bool]], tokenizer: Encoding, file: BinaryIO) -> Iterator[int]:
+def tokenise(documents: Iterable[str], tokenizer: Encoding, file: BinaryIO) -> Iterator[int]:
     """Write the tokens to `file` as bare uint16, `<|endoftext|>` after each document; yield each one's length."""
-    length = 0
-    for text, document_ends in pieces:
-        if length or not text.isspace():
-            tokens = tokenizer.encode_ordinary(text)
+    for text in documents:
+        if text.strip():
+            tokens = [*tokenizer.encode_ordinary(text), tokenizer.eot_token]
             file.write(np.array(tokens, dtype="<u2").tobytes())
-            length += len(tokens)
-        if document_ends and length:
-            file.write(np.array(tokenizer.eot_token, dtype="<u2").tobytes())
-            yield length + 1
-            length = 0
+            yield len(tokens)
 
 
 def split_held_out(lengths: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:

@@ -17,8 +17,7 @@ from numpy.lib import format as npy
 
 from support.errors import UserError, first_line, require
 from support.files import atomic_file, write_atomically, zip_problem
-from support.hub import writable_or_cache_path
-from support.text import read_pieces, split_held_out, tokenise
+from support.text import read_documents, split_held_out, tokenise
 from support.tokenizer import get_tokenizer
 
 SPLITS = ("train", "val")
@@ -35,7 +34,7 @@ def read_tokens(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
     """
     if path.is_dir():
         return _read_folder(path, n_vocab)
-    folder = writable_or_cache_path(path.with_name(f"{path.name}.tokens"))
+    folder = path.with_name(f"{path.name}.tokens")
     facts, note = path.stat(), folder / "source.json"
     source = json.dumps({"format": FORMAT, "bytes": facts.st_size, "modified_ns": facts.st_mtime_ns}) + "\n"
     if not note.exists() or note.read_text(errors="replace") != source:
@@ -44,7 +43,7 @@ def read_tokens(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
             if len(train) + len(val) < LARGE:
                 return train, val
             print(f"{path} is large: converting it once to {folder}, which can be memory-mapped.", flush=True)
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
             for split, tokens in zip(SPLITS, (train, val), strict=True):
                 with atomic_file(folder / f"{split}.npy") as file:
                     np.save(file, tokens.astype(np.uint16, copy=False))
@@ -106,9 +105,8 @@ def _check_tokens(tokens: np.ndarray, where: str, n_vocab: int) -> None:
 
 
 def _tokenise_text(path: Path, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=folder.parent) as spool:
-        lengths = np.array([*tokenise(read_pieces(path), get_tokenizer(), spool)])
+        lengths = np.array([*tokenise(read_documents(path), get_tokenizer(), spool)])
         require(len(lengths) > 0, f"{path}: contains no text to train on; give a file with text")
         folder.mkdir(exist_ok=True)
         for split, runs in split_held_out(lengths).items():

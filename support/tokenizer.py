@@ -15,7 +15,7 @@ from pathlib import Path
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from support.errors import UserError, require
+from support.errors import require
 
 VOCABULARY = Path(__file__).resolve().parent.parent / "data" / "gpt2.tiktoken"
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
@@ -28,14 +28,11 @@ def get_tokenizer(name: str = "gpt2") -> tiktoken.Encoding:
     Raises UserError for another name, or if the vocabulary file is missing or altered.
     """
     require(name == "gpt2", f"tokenizer_encoding '{name}' is not bundled; use 'gpt2'")
-    remedy = "restore it with `git checkout -- data/gpt2.tiktoken`"
-    try:
-        vocabulary = VOCABULARY.read_bytes()
-    except OSError as error:
-        raise UserError(f"{VOCABULARY}: {error.strerror}; {remedy}") from None
+    vocabulary = VOCABULARY.read_bytes() if VOCABULARY.exists() else b""
     # One altered line would shift token ids without any error.
     intact = hashlib.sha256(vocabulary).hexdigest() == VOCABULARY_SHA256
-    require(intact, f"{VOCABULARY}: altered vocabulary (wrong sha256); {remedy}")
+    remedy = "restore it with `git checkout -- data/gpt2.tiktoken`"
+    require(intact, f"{VOCABULARY}: missing or altered (wrong sha256); {remedy}")
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, vocabulary.splitlines())}
     return tiktoken.Encoding(
         name="gpt2",

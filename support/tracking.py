@@ -28,7 +28,7 @@ def start_tracking(config: TrainingConfig, run_id: str | None = None) -> str | N
             warnings.warn("not logged in to W&B (run wandb login); metrics.csv has everything", stacklevel=2)
         return run_id
 
-    def start() -> None:
+    def start() -> str:
         wandb.init(
             project="decoder-from-scratch",
             name=Path(config.output_dir).name,
@@ -37,8 +37,9 @@ def start_tracking(config: TrainingConfig, run_id: str | None = None) -> str | N
             config=dataclasses.asdict(config),
             settings=wandb.Settings(init_timeout=PATIENCE, silent=True, console="off"),
         )
+        return wandb.run.id
 
-    return wandb.run.id if _succeeds(start, 1.5 * PATIENCE, "did not start") else run_id
+    return _within(1.5 * PATIENCE, start, "did not start") or run_id
 
 
 def _logged_in() -> bool:
@@ -57,17 +58,17 @@ def finish_tracking(summary: dict | None) -> None:
         wandb.finish(exit_code=int(summary is None))
 
     if wandb.run is not None:
-        _succeeds(finish, PATIENCE, "did not finish")
+        _within(PATIENCE, finish, "did not finish")
 
 
-def _succeeds(action: Callable[[], None], seconds: float, failure: str) -> bool:
-    """Run the action for at most this long. If it fails, warn and stop using W&B."""
+def _within(seconds: float, action: Callable, failure: str):
+    """What the action returns. If it raises or takes longer, warn, stop using W&B and return None."""
     try:
-        in_background(action).result(seconds)
-        return True
+        return in_background(action).result(seconds)
     except Exception as error:  # offline, a wrong key, a full disk: none of them may stop a training run
-        reason = str(error) or "no answer in time"
-        warnings.warn(f"W&B {failure} ({reason}); metrics.csv has everything", stacklevel=3)
+        warnings.warn(
+            f"W&B {failure} ({str(error) or 'no answer in time'}); metrics.csv has everything", stacklevel=3
+        )
         with suppress(Exception):  # otherwise Python waits at exit for its process, for minutes
             in_background(wandb.teardown).result(1)
-        return False
+        return None

@@ -9,40 +9,20 @@ import os
 import random
 import re
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from support import corpus as corpus_module
-from support import hub, text, token_files
+from support import hub, token_files
 from support.corpus import DATA, Corpus, load_corpus, unigram_entropy
 from support.errors import UserError
 from support.state import fingerprint
-from support.text import split_held_out, tokenise
+from support.text import read_documents, split_held_out, tokenise
 from support.token_files import evenly_spaced
 from support.tokenizer import get_tokenizer
 
 N_VOCAB, EOT = 50257, 50256
-
-
-@pytest.fixture(autouse=True)
-def users_cache_folder(tmp_path_factory, monkeypatch):
-    """A cache folder for the test alone."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder
-
-
-@pytest.fixture
-def read_only(monkeypatch):
-    """Make a folder look read-only to hub.writable_or_cache_path, even for root."""
-
-    def read_only(folder):
-        access = os.access
-        monkeypatch.setattr(hub.os, "access", lambda path, mode: path != folder and access(path, mode))
-
-    return read_only
 
 
 @pytest.fixture
@@ -186,15 +166,6 @@ def test_killed_conversion_is_repeated(large_token_file, monkeypatch):
     assert load_corpus(str(large_token_file), N_VOCAB).train.tolist() == [*range(500)]
 
 
-def test_conversion_of_a_file_in_a_read_only_folder_goes_to_the_cache_folder(
-    large_token_file, read_only, users_cache_folder
-):
-    read_only(large_token_file.parent)
-    corpus = load_corpus(str(large_token_file), N_VOCAB)
-    assert len(corpus.train) == 500 and users_cache_folder in Path(corpus.train.filename).parents
-    assert [path.name for path in large_token_file.parent.iterdir()] == ["tokens.npz"]
-
-
 @pytest.mark.parametrize("dtype", [np.uint16, np.int64])
 def test_large_npz_with_a_foreign_id_is_refused_and_leaves_nothing(large_token_file, dtype):
     tokens = np.arange(500).astype(dtype)
@@ -208,20 +179,18 @@ def test_large_npz_with_a_foreign_id_is_refused_and_leaves_nothing(large_token_f
 # --- text to tokens -----------------------------------------------------------------------------------------
 
 
-def test_long_text_read_in_blocks_gives_the_tokens_of_the_whole(tmp_path, monkeypatch):
+def test_documents_of_a_text_keep_every_character(tmp_path):
     draw = random.Random(7)
     parts = ["word", " word", "  ", "\n", "\n\n", "1234", "don't", "é", "<|", "。", "\t", "\u00a0", "\x1c"]
-    characters = "".join(draw.choices(parts, k=4000)) + "<|endoftext|> second\n\n" + "x y" * 99
+    texts = ["".join(draw.choices(parts, k=400)) for _ in range(3)]
     path = tmp_path / "text.txt"
-    path.write_bytes(characters.encode())
-    read = text._read_blocks
-    monkeypatch.setattr(text, "_read_blocks", lambda path, size: read(path, 13))
+    path.write_bytes("<|endoftext|>".join(texts).encode())
+    assert [*read_documents(path)] == texts
     spool = io.BytesIO()
-    lengths = [*tokenise(text.read_pieces(path), get_tokenizer(), spool)]
+    lengths = [*tokenise(texts, get_tokenizer(), spool)]
     tokens = np.frombuffer(spool.getvalue(), np.uint16).tolist()
-    first, second = characters.split("<|endoftext|>")
-    assert tokens == [*encode(first), EOT, *encode(second), EOT], "a piece was cut inside a token"
-    assert lengths == [len(encode(first)) + 1, len(encode(second)) + 1]
+    assert tokens == [token for text in texts for token in [*encode(text), EOT]]
+    assert lengths == [len(encode(text)) + 1 for text in texts]
 
 
 def test_text_file_splits_at_literal_end_of_text_and_holds_out_whole_documents(tmp_path):

@@ -1,5 +1,6 @@
 """The hand-in, walked through with a tiny solution: what is right is to_bytes, and each fault is named."""
 
+import hashlib
 import shutil
 import zipfile
 from pathlib import Path
@@ -10,7 +11,6 @@ from tiny_run import KEYS, TinyRun
 
 from model import DecoderLM
 from support import submit
-from support.checkpoint import load_trained_model
 from support.config import dump_config, load_config
 
 ROOT = submit.ROOT
@@ -75,12 +75,11 @@ FAULTS = {
     "a syntax error": (edit("classify.py", "def score(", "def score(("), "classify.py is not valid Python"),
     "a new package": (edit("model.py", "import math\n", "import einops, math\n"), "imports 'einops'"),
     "a package at level": (edit("model.py", "import math\n", "from . import math\n"), "imports '.'"),
-    "support at module level": (edit("train.py", "import math\n", "import math\nimport support.run\n"), "imports 'support'"),
     "a ready-made layer": (edit("model.py", "nn.Linear(n_embd, n_embd)", "nn.MultiheadAttention(n_embd, n_head)"), "uses MultiheadAttention"),
     "ready-made attention": (edit("model.py", "F.softmax(", "F.scaled_dot_product_attention("), "uses scaled_dot_product_attention"),
     "ready-made, imported": (edit("model.py", "from torch import nn\n", "from torch import nn\nfrom torch.nn import TransformerDecoder\n"), "uses TransformerDecoder"),
     "no checkpoint": (lambda root: (root / "model.pt").unlink(), "model.pt: no such checkpoint"),
-    "no configuration": (lambda root: (root / "config.yaml").unlink(), "config.yaml is missing; copy it"),
+    "no configuration": (lambda root: (root / "config.yaml").unlink(), "config.yaml: No such file"),
     "a foreign checkpoint": (put("model.pt", b"<html>"), "web page instead of a PyTorch checkpoint"),
     "another model's configuration": (edit("config.yaml", "n_embd: 8", "n_embd: 16"), "n_embd = 8"),
     "too much training": (edit("config.yaml", "num_training_steps: 6", "num_training_steps: 6000000000"), "more than the 1e17 allowed"),
@@ -117,23 +116,15 @@ def test_a_large_checkpoint_is_refused(solution, capsys, monkeypatch):
     assert "[FAIL] model.pt has 1." in printed and "the course takes under 1;" in printed
 
 
-def test_the_model_that_comes_with_the_package_is_refused_however_it_was_saved(solution, capsys, monkeypatch):
-    weights = {key: tensor.bfloat16() for key, tensor in torch.load("model.pt").items()}
-    weights["blocks.0.mha.scale_factor"] = torch.load("model.pt")["blocks.0.mha.scale_factor"]
-    torch.save(weights, "model.pt")
-    digest = submit.weights_sha256(load_trained_model(None, "model.pt").model)
+def test_the_model_that_comes_with_the_package_is_refused(solution, capsys, monkeypatch):
+    digest = hashlib.sha256((solution / "model.pt").read_bytes()).hexdigest()
     monkeypatch.setattr(submit, "SHIPPED_SHA256", frozenset({digest}))
-    for saved in (weights, {f"module.{key}": tensor.double() for key, tensor in weights.items()}):
-        torch.save(saved, "model.pt")
-        assert "[FAIL] model.pt came with the package" in outcome(capsys)[1]
-    weights["ln.bias"] = weights["ln.bias"] + 1
-    torch.save(weights, "model.pt")
-    assert "[FAIL]" not in outcome(capsys)[1]
+    assert "[FAIL] model.pt came with the package" in outcome(capsys)[1]
 
 
 @pytest.mark.skipif(not (ROOT / "model.pt").exists(), reason="no model.pt at the top level, so none to know again")
-def test_the_shipped_model_is_known_by_its_weights():
-    digest = submit.weights_sha256(load_trained_model(None, str(ROOT / "model.pt")).model)
+def test_the_shipped_model_is_known():
+    digest = hashlib.sha256((ROOT / "model.pt").read_bytes()).hexdigest()
     assert digest in submit.SHIPPED_SHA256, f"add {digest} to submit.SHIPPED_SHA256"
 
 
@@ -164,9 +155,10 @@ class TestAlone:
         sentence = submit.check_alone({name: tmp_path / name for name in submit.CODE})
         assert sentence == "the files run alone: 61 of 65 points, lost: 3.4 classify_binary_sentiment"
 
-    def test_a_file_that_needs_others_is_named(self, tmp_path):
+    @pytest.mark.parametrize("other", ["my_helpers", "support"])
+    def test_a_file_that_needs_others_is_named(self, tmp_path, other):
         for name in submit.CODE:
             shutil.copyfile(ROOT / name, tmp_path / name)
-        edit("model.py", "import math\n", "import math\nimport my_helpers\n")(tmp_path)
-        with pytest.raises(submit.UserError, match=r"the files do not run alone .*my_helpers"):
+        edit("model.py", "import math\n", f"import math\nimport {other}\n")(tmp_path)
+        with pytest.raises(submit.UserError, match=f"the files do not run alone .*{other}"):
             submit.check_alone({name: tmp_path / name for name in submit.CODE})
