@@ -38,19 +38,18 @@ def load_archive(path: Path, least_bytes: float, most_bytes: float, remedy: str 
     anything but tensors and plain values, or unpacks to a number of bytes outside the two bounds.
     """
     require(path.is_file(), f"{path}: no such checkpoint; train one with python train.py")
+    require(zipfile.is_zipfile(path), f"{path}: {zip_problem(path, 'PyTorch checkpoint')}; {remedy}")
     try:
         with zipfile.ZipFile(path) as archive:
             n_mib = sum(entry.file_size for entry in archive.infolist()) / 2**20
-            least, most = least_bytes / 2**20, most_bytes / 2**20
-            needed = f"but the configuration needs {least:.2f} to {most:.2f}"
-            require(least <= n_mib <= most, f"{path}: {n_mib:.2f} MiB of values, {needed}; {remedy}")
-            damaged = archive.testzip()
-            require(damaged is None, f"{path}: damaged PyTorch checkpoint (wrong CRC of '{damaged}'); {remedy}")
+            needed = f"the configuration needs {least_bytes / 2**20:.2f} to {most_bytes / 2**20:.2f}"
+            fits = least_bytes <= n_mib * 2**20 <= most_bytes
+            require(fits, f"{path}: {n_mib:.2f} MiB of values, but {needed}; {remedy}")
+            wrong = archive.testzip()
+            require(wrong is None, f"{path}: damaged PyTorch checkpoint (wrong CRC of '{wrong}'); {remedy}")
         values = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except zipfile.BadZipFile:
-        raise UserError(f"{path}: {zip_problem(path, 'PyTorch checkpoint')}; {remedy}") from None
     except Exception as error:  # a foreign archive fails in many ways
         if is_out_of_memory(error):
             raise
@@ -61,10 +60,9 @@ def load_archive(path: Path, least_bytes: float, most_bytes: float, remedy: str 
 
 
 def load_weights(model: DecoderLM, path: str | Path, config: ModelConfig) -> None:
-    """Load the checkpoint `path` into the model, which was built from this configuration.
+    """Load the checkpoint `path`, also a compiled, distributed or half-precision one, into a model of this shape.
 
-    Compiled, distributed and half-precision checkpoints load too. Raises UserError if the file is damaged or
-    belongs to another configuration.
+    Raises UserError if the file is damaged or belongs to another configuration.
     """
     _fill(model, _read_weights(Path(path), config, model.n_vocab), path, config)
 

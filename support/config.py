@@ -1,8 +1,6 @@
 """The YAML file of a training run, as a frozen dataclass whose values were checked.
 
-    config = load_config("configs/GPT-tiny.yaml", ["max_lr=1e-3", "model_config.n_embd=64"])
-
-A mistake in the file is a UserError that names the file, the key and the value.
+config = load_config("configs/GPT-tiny.yaml", ["max_lr=1e-3", "model_config.n_embd=64"])
 """
 
 import dataclasses
@@ -61,8 +59,9 @@ class TrainingConfig:
 
     def flat(self) -> dict:
         """All values by key, those of model_config as `model_config.n_embd`."""
-        model_keys = {f"model_config.{key}": value for key, value in vars(self.model_config).items()}
-        return {key: value for key, value in vars(self).items() if key != "model_config"} | model_keys
+        values = dict(vars(self))
+        model = vars(values.pop("model_config"))
+        return values | {f"model_config.{key}": value for key, value in model.items()}
 
     def differing(self, flat: dict) -> list[str]:
         """The keys whose values differ from those in `flat`, except those that do not affect the result."""
@@ -81,7 +80,7 @@ def load_config(path: str, overrides: typing.Sequence[str] = (), data: str | Non
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; see configs/ for examples") from None
     found = "is empty" if values is None else f"contains a {type(values).__name__}"
-    require(isinstance(values, dict), f"{path}: {found}, not `key: value` lines; see configs/GPT-tiny.yaml")
+    require(isinstance(values, dict), f"{path}: {found}, not `key: value` lines; see configs/ for examples")
     for override in overrides:
         key, equals, text = override.partition("=")
         require(bool(equals), f"--set {override}: write key=value, such as --set max_lr=1e-3")
@@ -116,10 +115,9 @@ def _parse(text: str | bytes, where: str):
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except Exception as error:  # PyYAML raises many types, for example for tags such as `!!int ""`
-        mark = getattr(error, "problem_mark", None)
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f"line {mark.line + 1}: " if mark else ""
-        what = getattr(error, "problem", None) or first_line(error)
-        raise UserError(f"{where}: {line}invalid YAML: {what}") from None
+        raise UserError(f"{where}: {line}invalid YAML: {problem or first_line(error)}") from None
 
 
 def _build(cls, values: dict, path: str, prefix: str = ""):
@@ -131,7 +129,7 @@ def _build(cls, values: dict, path: str, prefix: str = ""):
         require(key in fields, f"{path}: unknown key '{prefix}{key}'; did you mean '{nearest}'?")
     for name, field in fields.items():
         given = name in values or field.default is not MISSING
-        require(given, f"{path}: the key '{prefix}{name}' is missing; add it")
+        require(given, f"{path}: the key '{prefix}{name}' is missing")
     return cls(**{name: _convert(value, types[name], path, prefix + name) for name, value in values.items()})
 
 
@@ -156,12 +154,10 @@ def _convert(value, hint, path: str, key: str):
     raise UserError(f"{path}: {key} = {shortened} must be {EXPECTED.get(types[0], 'a mapping')}")
 
 
-LEAST_VALUES = {
-    **dict.fromkeys(("n_embd", "n_head", "n_positions", "n_layer", "batch_size"), 1),
-    **dict.fromkeys(("num_training_steps", "grad_accumulation_steps"), 1),
-    **dict.fromkeys(("num_warmup_steps", "seed", "weight_decay", "min_lr", "p_dropout"), 0),
-    "seq_len": 2,  # a row of one token has nothing to predict
-}
+LEAST_VALUES = dict.fromkeys(("n_embd", "n_head", "n_positions", "n_layer", "batch_size"), 1)
+LEAST_VALUES |= dict.fromkeys(("num_training_steps", "grad_accumulation_steps"), 1)
+LEAST_VALUES |= dict.fromkeys(("num_warmup_steps", "seed", "weight_decay", "min_lr", "p_dropout"), 0)
+LEAST_VALUES["seq_len"] = 2  # a row of one token has nothing to predict
 
 
 def _check_values(c: TrainingConfig, path: str) -> None:
@@ -170,32 +166,31 @@ def _check_values(c: TrainingConfig, path: str) -> None:
     values = vars(c) | vars(m)
     for name, least in LEAST_VALUES.items():
         require(values[name] >= least, f"{path}: {name} = {values[name]} must be at least {least}")
-    in_seconds = isinstance(interval, str) and bool(re.fullmatch(r"\d+(\.\d*)?s", interval))
-    valid_interval = interval is None or in_seconds or (isinstance(interval, int) and interval >= 1)
-    for holds, rule in (
-        (m.n_embd % m.n_head == 0, f"n_embd = {m.n_embd} must be a multiple of n_head = {m.n_head}"),
-        (m.p_dropout < 1, f"p_dropout = {m.p_dropout} must be less than 1"),
-        (c.seq_len <= m.n_positions, f"seq_len = {c.seq_len} must not exceed n_positions = {m.n_positions}"),
-        (
-            c.num_warmup_steps <= steps,
-            f"num_warmup_steps = {c.num_warmup_steps} must not exceed num_training_steps = {steps}",
+    seconds = isinstance(interval, str) and bool(re.fullmatch(r"\d+(\.\d*)?s", interval))
+    rules = {
+        f"n_embd = {m.n_embd} must be a multiple of n_head = {m.n_head}": m.n_embd % m.n_head == 0,
+        f"p_dropout = {m.p_dropout} must be less than 1": m.p_dropout < 1,
+        f"seq_len = {c.seq_len} must not exceed n_positions = {m.n_positions}": c.seq_len <= m.n_positions,
+        f"num_warmup_steps = {c.num_warmup_steps} must not exceed num_training_steps = {steps}": (
+            c.num_warmup_steps <= steps
         ),
-        (c.max_lr >= c.min_lr, f"max_lr = {c.max_lr} must not be less than min_lr = {c.min_lr}"),
-        (c.max_lr > 0, f"max_lr = {c.max_lr} must be more than 0"),
-        (c.grad_clip is None or c.grad_clip > 0, f"grad_clip = {c.grad_clip} must be more than 0"),
-        (valid_interval, f"checkpoint_interval = {interval} must be a number of steps (500) or of seconds (60s)"),
-    ):
+        f"max_lr = {c.max_lr} must not be less than min_lr = {c.min_lr}": c.max_lr >= c.min_lr,
+        f"max_lr = {c.max_lr} must be more than 0": c.max_lr > 0,
+        f"grad_clip = {c.grad_clip} must be more than 0": c.grad_clip is None or c.grad_clip > 0,
+        f"checkpoint_interval = {interval} must be a number of steps (500) or of seconds (60s)": (
+            interval is None or seconds or (isinstance(interval, int) and interval >= 1)
+        ),
+    }
+    for rule, holds in rules.items():
         require(holds, f"{path}: {rule}")
 
 
 def memory_advice(c: TrainingConfig) -> str:
     """What fills the memory, and the smallest change that needs less and leaves the mathematics unchanged."""
-    m = c.model_config
-    sizes = f"batch_size {c.batch_size} × seq_len {c.seq_len} × n_embd {m.n_embd} × n_layer {m.n_layer}"
-    if c.batch_size == 1:
+    m, batch_size = c.model_config, c.batch_size
+    sizes = f"batch_size {batch_size} × seq_len {c.seq_len} × n_embd {m.n_embd} × n_layer {m.n_layer}"
+    if batch_size == 1:
         return f"{sizes} does not fit; make one of the others smaller"
-    factor = next(k for k in range(2, c.batch_size + 1) if c.batch_size % k == 0)
-    return (
-        f"{sizes} does not fit; use --set batch_size={c.batch_size // factor} "
-        f"grad_accumulation_steps={c.grad_accumulation_steps * factor}, which gives the same result"
-    )
+    factor = next(k for k in range(2, batch_size + 1) if batch_size % k == 0)
+    remedy = f"batch_size={batch_size // factor} grad_accumulation_steps={c.grad_accumulation_steps * factor}"
+    return f"{sizes} does not fit; use --set {remedy}, which gives the same result"

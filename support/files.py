@@ -1,8 +1,7 @@
-"""Writing files so that a crash never leaves half of one, and saying what is wrong with a zip file."""
+"""Writing files so that a crash never leaves half of one, and what is wrong with a zip file."""
 
 import json
 import os
-import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,15 +20,11 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     try:
         with temporary.open("wb") as file:
             yield file
-            _flush_to_disk(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _flush_to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def remove_leftovers(path: Path) -> None:
@@ -44,7 +39,8 @@ def write_together(contents: dict[Path, bytes | memoryview]) -> None:
         for path, content in contents.items():
             file = files.enter_context(atomic_file(path))
             file.write(content)
-            _flush_to_disk(file)
+            file.flush()
+            os.fsync(file.fileno())  # before the first of them is renamed
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
@@ -62,8 +58,7 @@ def zip_problem(path: Path, wanted: str) -> str:
     """Why `path`, which should be a `wanted` (a format that is a zip archive), cannot be opened."""
     with path.open("rb") as file:
         start = file.read(64).lstrip()
-    if not start:
-        return f"empty file instead of a {wanted}"
     if start.startswith(b"PK"):
-        return f"{'damaged' if zipfile.is_zipfile(path) else 'truncated'} {wanted}"
-    return f"{'web page instead of' if start.startswith(b'<') else 'not'} a {wanted}"
+        return f"truncated or damaged {wanted}"
+    kind = "web page" if start.startswith(b"<") else "foreign file" if start else "empty file"
+    return f"{kind} instead of a {wanted}"

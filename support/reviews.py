@@ -34,9 +34,8 @@ def load_reviews(
 ) -> Reviews:
     """The first `limit` shuffled reviews for which `fits(text)` is true; fewer if there are not as many.
 
-    `data` is a .csv or .jsonl with text and label; 'yelp', the test split of Yelp polarity, downloaded once; or
-    'sample'. None means yelp, or the sample if Yelp is not available, with a note. Raises UserError for a bad
-    file, or if no review fits.
+    `data` is a .csv or .jsonl with text and label, 'yelp' (Yelp polarity's test split) or 'sample'. None means
+    yelp, or the sample with a note if Yelp is not available. Raises UserError for a bad file or if no review fits.
     """
     note = None
     if data is None or data == "yelp":
@@ -53,8 +52,7 @@ def load_reviews(
     random.Random(seed).shuffle(reviews)
     chosen = list(islice((review for review in reviews if fits(review[0])), limit))
     require(bool(chosen), f"{name}: none of the {len(reviews)} reviews fits the model; use shorter ones")
-    texts, labels = zip(*chosen, strict=True)
-    return Reviews(name, list(texts), list(labels), note)
+    return Reviews(name, [text for text, _ in chosen], [label for _, label in chosen], note)
 
 
 def _read_yelp(path: Path) -> list[tuple[str, int]]:

@@ -30,6 +30,7 @@ READY_MADE = {"Transformer", "TransformerEncoder", "TransformerEncoderLayer", "T
 READY_MADE |= {"TransformerDecoderLayer", "MultiheadAttention", "multi_head_attention_forward"}
 READY_MADE |= {"scaled_dot_product_attention", "flex_attention"}
 MOST_MEGABYTES, MOST_FLOPS = 100, 1e17
+MAKE_PDF = "make it from report/template.tex, or name it with --report"
 # sha256 of every model.pt that the package has shipped with
 SHIPPED_SHA256 = frozenset({"f3652ae043f8d1140ea39167af74fe77ac01e786a7c5731a9aa7a365d71fdadd"})
 
@@ -49,11 +50,11 @@ def check_code(files: dict[str, Path]) -> str:
                 names = packages = [alias.name for alias in node.names]
             if isinstance(node, ast.ImportFrom):
                 packages = [node.module or "."]
-            for package in packages:
-                # main() may use support; `check_alone` finds an import of it at the top of a file.
-                allowed = (package.partition(".")[0] or ".") in ALLOWED
-                problem = f"{name}, line {node.lineno}, imports '{package}', which the assignment does not allow"
-                require(allowed, f"{problem}; remove it")
+            # main() may use support; `check_alone` finds an import of it at the top of a file.
+            for package in {path.partition(".")[0] or "." for path in packages} - ALLOWED:
+                raise UserError(
+                    f"{name}, line {node.lineno}, imports '{package}', which is not allowed; remove it"
+                )
             for word in READY_MADE.intersection(names):
                 raise UserError(f"{name}, line {node.lineno}, uses {word}; write it with tensor operations")
     return f"{', '.join(CODE)}: allowed imports only, no ready-made layers"
@@ -106,10 +107,9 @@ def check_checkpoint(files: dict[str, Path], named: str | None) -> str:
 def check_report(files: dict[str, Path], name: str, path: str | None) -> str:
     """There is a PDF of the written answers: the named one, or the only one in the root or report/."""
     found = [Path(path)] if path else sorted([*ROOT.glob("*.pdf"), *ROOT.glob("report/*.pdf")])
-    remedy = "make it from report/template.tex, or name it with --report"
     require(len(found) <= 1, f"several PDFs ({', '.join(pdf.name for pdf in found)}); name one with --report")
-    require(bool(found) and found[0].is_file(), f"{path or 'the PDF of your answers'} is missing; {remedy}")
-    require(found[0].read_bytes()[:5] == b"%PDF-", f"{found[0]} is not a PDF; {remedy}")
+    require(bool(found) and found[0].is_file(), f"{path or 'the PDF of your answers'} is missing; {MAKE_PDF}")
+    require(found[0].read_bytes()[:5] == b"%PDF-", f"{found[0]} is not a PDF; {MAKE_PDF}")
     files[name] = found[0]
     return f"{found[0]}: the written answers, packed as {name}"
 

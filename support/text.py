@@ -18,15 +18,15 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """The documents of a file in their order; shows a progress bar.
+    """The documents of a file in their order.
 
     Those of a .jsonl or .jsonl.gz are the fields `text`; in any other file `<|endoftext|>` separates them.
     """
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from (record["text"] for _, record in read_jsonl(path, progress=True))
+        yield from (record["text"] for _, record in read_jsonl(path))
         return
     parts = []
-    for line in _read_lines(path, progress=True):
+    for line in _read_lines(path):
         *ends, rest = line.split(END_OF_TEXT)
         for end in ends:
             yield "".join([*parts, end])
@@ -35,9 +35,9 @@ def read_documents(path: Path) -> Iterator[str]:
     yield "".join(parts)
 
 
-def read_jsonl(path: Path, progress: bool = False) -> Iterator[tuple[int, dict]]:
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     """(line number, object) of a .jsonl or .jsonl.gz; UserError names a line without a string `text`."""
-    for number, line in enumerate(_read_lines(path, progress), start=1):
+    for number, line in enumerate(_read_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -49,11 +49,11 @@ def read_jsonl(path: Path, progress: bool = False) -> Iterator[tuple[int, dict]]
         yield number, record
 
 
-def _read_lines(path: Path, progress: bool) -> Iterator[str]:
-    """The lines of a UTF-8 file, which may be compressed with gzip."""
-    n_bytes, hide = path.stat().st_size, None if progress else True
+def _read_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, which may be compressed with gzip; of a large one, shows a progress bar."""
+    bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, delay=1, disable=None)
     try:
-        with path.open("rb") as raw, tqdm(total=n_bytes, unit="B", unit_scale=True, disable=hide) as bar:
+        with path.open("rb") as raw, bar:
             binary = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
             for line in io.TextIOWrapper(binary, encoding="utf-8-sig"):
                 yield line

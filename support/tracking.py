@@ -66,9 +66,8 @@ def _within(seconds: float, action: Callable, failure: str):
     try:
         return in_background(action).result(seconds)
     except Exception as error:  # offline, a wrong key, a full disk: none of them may stop a training run
-        warnings.warn(
-            f"W&B {failure} ({str(error) or 'no answer in time'}); metrics.csv has everything", stacklevel=3
-        )
+        reason = str(error) or "no answer in time"
+        warnings.warn(f"W&B {failure} ({reason}); metrics.csv has everything", stacklevel=3)
         with suppress(Exception):  # otherwise Python waits at exit for its process, for minutes
             in_background(wandb.teardown).result(1)
         return None

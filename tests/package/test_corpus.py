@@ -312,7 +312,7 @@ def test_hostile_npz_is_refused_with_file_and_reason(tmp_path, token_file):
         "html": (b"\n<!DOCTYPE html><html>Not found</html>", "web page"),
         "truncated": (whole[:-100], "truncated"),
         "nothing": (b"", "empty"),
-        "npy": (b"\x93NUMPY\x01\x00", "not a .npz file"),
+        "npy": (b"\x93NUMPY\x01\x00", "foreign file instead of a .npz file"),
     }
     for name, (content, message) in files.items():
         path = tmp_path / f"{name}.npz"

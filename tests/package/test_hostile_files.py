@@ -123,10 +123,13 @@ def damaged_checkpoints(original, whole: bytes, marker: Path) -> dict[str, tuple
     return {
         "empty": (b"", "empty file instead of a PyTorch checkpoint"),
         "web page": (page, "web page instead of a PyTorch checkpoint"),
-        "text": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "not a PyTorch checkpoint"),
-        "truncated": (whole[: len(whole) // 2], "truncated PyTorch checkpoint"),
+        "text": (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "foreign file instead of a PyTorch checkpoint",
+        ),
+        "truncated": (whole[: len(whole) // 2], "truncated or damaged PyTorch checkpoint"),
         "end only": (whole[len(whole) // 2 :], "damaged"),
-        "bare pickle bomb": (pickle.dumps(Bomb(marker)), "not a PyTorch checkpoint"),
+        "bare pickle bomb": (pickle.dumps(Bomb(marker)), "foreign file"),
         "pickle bomb": (zipped(bomb_in_place), "plain tensors"),
         "bomb beside the weights": (with_changes(original, bomb=Bomb(marker)), "plain tensors"),
         "whole model": (to_bytes({"model": original}), "plain tensors"),
