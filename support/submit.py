@@ -52,9 +52,7 @@ def check_code(files: dict[str, Path]) -> str:
                 packages = [node.module or "."]
             # main() may use support; `check_alone` finds an import of it at the top of a file.
             for package in {path.partition(".")[0] or "." for path in packages} - ALLOWED:
-                raise UserError(
-                    f"{name}, line {node.lineno}, imports '{package}', which is not allowed; remove it"
-                )
+                raise UserError(f"{name}, line {node.lineno}, imports '{package}': not allowed; remove it")
             for word in READY_MADE.intersection(names):
                 raise UserError(f"{name}, line {node.lineno}, uses {word}; write it with tensor operations")
     return f"{', '.join(CODE)}: allowed imports only, no ready-made layers"
