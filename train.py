@@ -150,10 +150,9 @@ def train(
     Each step sets lr_schedule(step), draws grad_accumulation_steps micro-batches (B, S) and updates the
     weights once with the gradient of their mean loss, clipped to norm grad_clip if given.
 
-    loss_fn maps input_ids to the model's loss; by default it is plain_loss. A
-    resumed run passes start_step and, for the running mean, previous_losses. on_step is called
-    after each step. Raises FloatingPointError, before the weights change, if the loss or the gradient is
-    not finite.
+    loss_fn maps input_ids to the model's loss (default: plain_loss). A resumed run passes start_step and, for
+    the running mean, previous_losses. on_step is called after each step. Raises FloatingPointError, before
+    the weights change, if the loss or the gradient is not finite.
     """
     loss_fn = loss_fn or partial(plain_loss, model)
     batches = iter(batch_sampler)
@@ -257,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     from support.run import TrainingRun
     from support.setup import open_setup
 
-    with open_setup(args.config, args.set, args.data) as setup:
+    with open_setup(args.config, args.set, args.data, bool(args.evaluate)) as setup:
         c, corpus, tokenizer, device = setup.config, setup.corpus, setup.tokenizer, setup.device
         torch.manual_seed(c.seed)
         model = DecoderLM(tokenizer.n_vocab, **vars(c.model_config)).to(device)

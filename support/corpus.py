@@ -27,12 +27,13 @@ class Corpus:
     val: np.ndarray
     note: str | None = None  # what the reader of the results must know; printed loudly
 
-    def check_length(self, seq_len: int) -> None:
-        """Raise UserError unless each split has at least one row of seq_len tokens."""
-        for split, tokens in (("train", self.train), ("val", self.val)):
+    def require_rows(self, seq_len: int, splits: tuple[str, ...] = ("train", "val")) -> None:
+        """Raise UserError unless each of the splits has at least one row of seq_len tokens."""
+        for split in splits:
+            n_tokens = len(getattr(self, split))
             require(
-                len(tokens) >= seq_len,
-                f"{self.name}: the {split} split has {len(tokens)} tokens, fewer than one row of "
+                n_tokens >= seq_len,
+                f"{self.name}: the {split} split has {n_tokens} tokens, fewer than one row of "
                 f"seq_len = {seq_len}; use more data or a smaller seq_len",
             )
 

@@ -52,7 +52,7 @@ class Setup:
 
 
 @contextmanager
-def open_setup(config_path: str, overrides: list[str], data: str | None) -> Iterator[Setup]:
+def open_setup(config_path: str, overrides: list[str], data: str | None, evaluates_only: bool) -> Iterator[Setup]:
     """Join the processes that torchrun started and load everything that the configuration names.
 
     A UserError in the block, or for something wrong with these inputs, ends the program in one sentence.
@@ -63,5 +63,5 @@ def open_setup(config_path: str, overrides: list[str], data: str | None) -> Iter
         tokenizer = get_tokenizer(config.tokenizer_encoding)
         with world.main_process_first():  # it downloads or tokenises; the others find the result
             corpus = load_corpus(config.data, tokenizer.n_vocab)
-        corpus.check_length(config.seq_len)
+        corpus.require_rows(config.seq_len, ("val",) if evaluates_only else ("train", "val"))
         yield Setup(config, hardware, tokenizer, corpus, world)

@@ -30,6 +30,7 @@ REMEDY = "download it again or build it with data/prepare.py"
 def read_tokens(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
     """`train` and `val` of an .npz, a token folder or a text (.jsonl, .jsonl.gz, or any other file as UTF-8).
 
+    Of an .npz that has only `val`, train is empty.
     Raises UserError if the path cannot be read or holds anything but token ids in [0, n_vocab).
     """
     if path.is_dir():
@@ -77,6 +78,9 @@ def _read_npz(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             for key in SPLITS:
+                if key == "train" and archive.files == ["val"]:  # a file to evaluate on
+                    splits.append(np.empty(0, np.uint16))
+                    continue
                 found = ", ".join(archive.files) or "nothing"
                 require(key in archive.files, f"{path}: '{key}' is missing, found {found}; {REMEDY}")
                 splits.append(archive[key])  # the CRC is compared at the end of the array

@@ -5,6 +5,7 @@ import hashlib
 
 import numpy as np
 import pytest
+from tiny_run import TinyRun
 
 from data import build
 from support.corpus import DATA, load_corpus
@@ -80,3 +81,14 @@ def test_mixture_repeats_c4_and_contains_nothing_held_out(tmp_path, monkeypatch,
     assert sorted(found) == sorted([texts["Own"], *["first of C4", "second of C4"] * build.C4_REPEATS])
     assert np.array_equal(corpus.val, c4["val"])
     assert build.decode_documents(np.load(tmp_path / "held.npz")["val"]) == [f"{passage} {'z' * 500}"]
+
+
+def test_a_file_with_val_only_can_be_evaluated_but_not_trained_on(tmp_path, capsys):
+    tiny = TinyRun(tmp_path)
+    assert tiny.main() == 0
+    held_out = tmp_path / "held_out.npz"
+    np.savez(held_out, val=np.arange(90, dtype=np.uint16))
+    assert tiny.main("--evaluate", str(tiny.out / "model.pt"), "--data", str(held_out)) == 0
+    assert "77 predicted tokens" in capsys.readouterr().out
+    assert tiny.main("--data", str(held_out), "--fresh") == 2
+    assert "the train split has 0 tokens" in capsys.readouterr().err

@@ -198,7 +198,7 @@ def test_the_header_note_names_the_sample_when_it_stands_in(inside, capsys):
     if (DATA / "tokens.npz").exists():
         pytest.skip("data/tokens.npz is there, so the sample does not stand in")
     assert status(train, "course.yaml", "--dry-run") == 0
-    assert "not comparable with C4" in " ".join(capsys.readouterr().out.split())
+    assert "with a margin" in " ".join(capsys.readouterr().out.split())
 
 
 # --- bad input: one sentence on stderr, exit status 2, nothing written -----------------------------------

@@ -310,5 +310,5 @@ def test_dataset_that_cannot_be_had_is_refused_in_one_line(prepare, tmp_path, ca
     assert "hf:some/thing: no text in a column 'text' (found: body, id)" in run()
     monkeypatch.setattr("datasets.load_dataset", broken_stream)
     errors = run()
-    assert "hf:some/thing: cannot be read beyond document 1: ConnectionError: the line is dead" in errors
+    assert "hf:some/thing: cannot be read beyond document 1 (ConnectionError: the line is dead)" in errors
     assert errors.count("\n") == 1
