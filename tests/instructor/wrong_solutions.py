@@ -11,11 +11,12 @@ FF, ATTENTION = "FeedForward and DecoderBlock", "self_attention"
 LOSS, RANDOM, SEQUENTIAL = "compute_language_modeling_loss", "random_batch_sampler", "sequential_batch_sampler"
 SOFTMAX, SENTIMENT = "softmax_with_temperature", "classify_binary_sentiment"
 
-# The module of each part of the points. `evaluate` gives no points, but it has tests.
+# The module of each part of the points. `evaluate` and the extras give no points, but they have tests.
 MODULE_OF = {
     part: file.removeprefix("test_").removesuffix(".py") for (_, part), (_, file) in points.GROUPS.items()
 }
 MODULE_OF["evaluate"] = "train"
+MODULE_OF |= {f"extras of {module}": module for module in set(MODULE_OF.values())}
 
 
 class Mutant(NamedTuple):
@@ -53,6 +54,7 @@ SEQUENTIAL_ROWS = "rows = tokens[: n_rows * seq_len].reshape(n_rows, seq_len)"
 SEQUENTIAL_LOOP = "for start in range(0, n_rows, batch_size):"
 CROSS_ENTROPY = "F.cross_entropy(predictions, labels)"
 LABELS = "input_ids[:, 1:].flatten()"
+IN_AUTOCAST = "with autocast:\n                loss = loss_fn(input_ids)\n            #"
 BACKWARD = "            (loss / grad_accumulation_steps).backward()\n"
 SET_LR = "        set_lr(optimizer, learning_rate)\n"
 STEP = "        optimizer.step()\n"
@@ -220,7 +222,7 @@ FAMILIES = {
         mistake("logged without asking for a run", "train", LOG, '        wandb.log({"train-loss": train_loss, "learning-rate": learning_rate}, step=step)\n'),
         mistake("left in evaluation mode", "train", "    model.train()\n", ""),
         mistake("put into evaluation mode", "train", "    model.train()\n", "    model.eval()\n"),
-        mistake("autocast not used", "train", "with autocast:\n                loss = loss_fn(input_ids)\n            #", "with nullcontext():\n                loss = loss_fn(input_ids)\n            #"),
+        mistake("autocast not used", "train", IN_AUTOCAST, IN_AUTOCAST.replace("autocast", "nullcontext()")),
     ],
     "schedule": [
         mistake("warm-up one step early", "cosine_lr_schedule", "max_lr * t / num", "max_lr * (t + 1) / num"),
@@ -317,6 +319,24 @@ FAMILIES = {
         mistake("decoder blocks skipped", "score", HIDDEN, "model.ln(model.embed(input_ids, mask))"),
         mistake("dropout active", "score", "with inference(model),", "with torch.inference_mode(),"),
         mistake("the mode found is not restored", "score", "    with inference(model),", "    model.eval()\n    with torch.inference_mode(),"),
+    ],
+    "extras": [
+        mistake("loss_fn ignored", "extras of train", "loss_fn = loss_fn or partial(plain_loss, model)\n    batches", "loss_fn = partial(plain_loss, model)\n    batches"),
+        mistake("loss_fn ignored", "evaluate", "loss_fn = loss_fn or partial(plain_loss, model)\n    total_loss", "loss_fn = partial(plain_loss, model)\n    total_loss"),
+        mistake("loss_fn called outside autocast", "extras of train", IN_AUTOCAST, IN_AUTOCAST.replace("autocast", "nullcontext()")),
+        mistake("grad_clip ignored", "extras of train", "grad_clip or math.inf", "math.inf"),
+        mistake("grad_clip after each micro-batch", "extras of train", "            losses.append(loss.detach())\n", "            losses.append(loss.detach())\n            nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)\n"),
+        mistake("numbers that are not finite accepted", "extras of train", "if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):", "if False:"),
+        mistake("gradients that are not finite accepted", "extras of train", "if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):", "if not math.isfinite(step_loss):"),
+        mistake("start_step ignored", "extras of train", "range(start_step, num_training_steps)", "range(num_training_steps)"),
+        mistake("previous_losses ignored", "extras of train", "deque(previous_losses,", "deque((),"),
+        mistake("on_step not called", "extras of train", "            on_step(result)\n", "            pass\n"),
+        mistake("drop_last ignored", "extras of train", "if drop_last:", "if True:"),
+        mistake("queries taken for the first tokens", "extras of model", CAUSAL, ".tril()"),
+        mistake("a literal <|endoftext|> ends the text", "extras of generate", "tokenizer.encode_ordinary(text)", 'tokenizer.encode(text, allowed_special="all")'),
+        mistake("numpy seeds the samples", "extras of generate", DRAW, "torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(int(__import__('numpy').random.randint(1000)))).squeeze(-1)"),
+        mistake("scores always in float32", "extras of classify", "embeddings.new_empty(", "torch.empty(", "next_logits.to(logits.dtype)", "next_logits"),
+        mistake("an empty text has no token", "extras of classify", "encode_prompt(tokenizer, text, n_positions)", "tokenizer.encode_ordinary(text)[-n_positions:]"),
     ],
 }
 # fmt: on
