@@ -77,13 +77,11 @@ NEW_WINDOW = "                    decoder = CachedDecoder(model)\n"
 # Texts of classify.py
 P_POSITIVE = "F.softmax(logits[:, tokens_of_interest], dim=-1)[:, 1]"
 HIDDEN = "model.hidden_states(input_ids, mask)"
-SCORE_PADDING = "left_pad([prompts[i] for i in indices], tokenizer.eot_token, device)"
-RIGHT_PAD = """def right_pad(rows, pad_token, device):
-    input_ids, mask = left_pad([row[::-1] for row in rows], pad_token, device)
-    return input_ids.flip(1), mask.flip(1)
-
-
-"""
+IN_ORDER = "classify_in_order.py"
+IN_ORDER_RIGHT_PADDING = (
+    *("[eot] * (longest - len(row)) + row for", "row + [eot] * (longest - len(row)) for"),
+    *("[0.0] * (longest - len(row)) + [1.0] * len(row)", "[1.0] * len(row) + [0.0] * (longest - len(row))"),
+)
 
 # fmt: off
 # ruff: noqa: E501 (one mutant, one line)
@@ -309,8 +307,8 @@ FAMILIES = {
         mistake("ties broken by order", SENTIMENT, "    return (p >", "    if calibrate:\n        rank = p.argsort(stable=True).argsort()\n        return [int(r > (len(p) - 1) // 2) for r in rank]\n    return (p >"),
         mistake("calibrated upwards only", SENTIMENT, "p.median().item()", "max(0.5, p.median().item())"),
         mistake("exp overflows", SENTIMENT, f"return {P_POSITIVE}", "e = torch.exp(logits[:, tokens_of_interest])\n    return e[:, 1] / e.sum(dim=1)"),
-        mistake("right padding", "score", SCORE_PADDING, SCORE_PADDING.replace("left_pad", "right_pad"), "def score(", RIGHT_PAD + "def score("),
-        mistake("mask ignored", "score", HIDDEN, "model.hidden_states(input_ids)"),
+        mistake("right padding", "score", *IN_ORDER_RIGHT_PADDING, file=IN_ORDER),
+        mistake("mask ignored", "score", "model(ids, mask)", "model(ids)", file=IN_ORDER),
         mistake("order lost", "score", "logits[indices] =", "logits[start : start + len(indices)] ="),
         mistake("partial batch lost", "score", "range(0, len(prompts), batch_size)", "range(0, len(prompts) - batch_size + 1, batch_size)", "    return logits\n", "    return logits[: len(prompts) // batch_size * batch_size]\n"),
         mistake("logits of the first position", "score", HIDDEN, f"{HIDDEN}[:, :1]"),
