@@ -54,9 +54,9 @@ def sample_next_token(
 
     Temperature 0 takes the likeliest token.
     """
-    probs = softmax_with_temperature(logits, temperature)
     if temperature == 0:
-        return probs.argmax(dim=-1)
+        return logits.argmax(dim=-1)
+    probs = softmax_with_temperature(logits, temperature)
     if top_k is not None or top_p is not None:
         probs = keep_likely(probs, top_k, top_p)
     return torch.multinomial(probs, 1).squeeze(-1)

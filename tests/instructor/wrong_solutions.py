@@ -265,7 +265,7 @@ FAMILIES = {
         mistake("exp overflows", SOFTMAX, f"return {SOFTMAX_OF_LOGITS}", "e = torch.exp(logits / temperature)\n    return e / e.sum(dim=-1, keepdim=True)"),
         mistake("logits changed in place", SOFTMAX, SOFTMAX_OF_LOGITS, "F.softmax(logits.div_(temperature), dim=-1)"),
         mistake("arg max at every temperature", "generate", DRAW, "probs.argmax(dim=-1)"),
-        mistake("sampled at temperature 0", "generate", "return probs.argmax(dim=-1)", "probs = F.softmax(logits, dim=-1)"),
+        mistake("sampled at temperature 0", "generate", "return logits.argmax(dim=-1)", "return torch.multinomial(F.softmax(logits, dim=-1), 1).squeeze(-1)"),
         mistake("one draw for all rows", "generate", DRAW, "torch.multinomial(probs[:1], 1).squeeze(-1).expand(len(probs))"),
         mistake("seeded inside", "generate", "    texts = []\n", "    texts = []\n    torch.manual_seed(0)\n"),
         mistake("prompt returned", "generate", "input_ids[:, n_prompt:].tolist()", "input_ids.tolist()"),
