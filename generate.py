@@ -50,13 +50,10 @@ def keep_likely(probs: torch.Tensor, top_k: int | None = None, top_p: float | No
 def sample_next_token(
     logits: torch.Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> torch.Tensor:
-    """Draw the next token of each row from torch's global generator: logits (B, V) -> ids (B,).
-
-    Temperature 0 takes the likeliest token.
-    """
-    probs = softmax_with_temperature(logits, temperature)
+    """Draw each row's next token from torch's global generator, at temperature 0 the likeliest: (B, V) -> (B,)."""
     if temperature == 0:
-        return probs.argmax(dim=-1)
+        return logits.argmax(dim=-1)
+    probs = softmax_with_temperature(logits, temperature)
     if top_k is not None or top_p is not None:
         probs = keep_likely(probs, top_k, top_p)
     return torch.multinomial(probs, 1).squeeze(-1)
@@ -67,7 +64,7 @@ def left_pad(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad rows of token ids on the left: (B, S) ids and (B, S) mask with 1.0 = real token.
 
-    On the left, so that the last column holds the last token of every row, which predicts the next one.
+    On the left, so that the last column holds the last token of every row.
     """
     S = max(map(len, rows))
     input_ids = torch.tensor([[pad_token] * (S - len(row)) + row for row in rows], device=device)

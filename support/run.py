@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from support.config import memory_advice
 from support.distribution import LOST, lost_process
 from support.errors import RunStopped, as_user_error, require
 from support.metrics import MetricsLog
@@ -17,7 +18,7 @@ from support.results import show_results, show_sample, write_results
 from support.run_folder import STATE, WORKING_METRICS, locked_folder
 from support.screen import bold, duration, show_note
 from support.setup import Setup
-from support.signals import StopSignals, memory_advice
+from support.signals import StopSignals
 from support.state import Progress, RunIdentity, fingerprint, load_state, random_state, save_state
 from support.tracking import finish_tracking, start_tracking
 from train import RUNNING_MEAN_STEPS, StepResult

@@ -4,8 +4,6 @@ import os
 import signal
 from contextlib import suppress
 
-from support.config import memory_advice  # noqa: F401 (support.run imports it from here)
-
 
 class StopSignals:
     """SIGINT and SIGTERM in a with block: the first one waits for the end of the step, a second one stops now.

@@ -30,9 +30,9 @@ GROUPS = {
     ("3.4", "classify_binary_sentiment"): (4, "test_classify.py"),
 }
 PERPLEXITY_POINTS = 20  # question 2.6, graded on a test set that students do not have
-# The files in the order of the questions: what is wrong in the model comes before what fails because of it.
+# In the order of the questions: mistakes in the model are shown before the failures that they cause.
 FILES = ["test_env.py", *dict.fromkeys(file for _, file in GROUPS.values())]
-CPU_SECONDS_PER_TEST = 30  # of the tests in FILES; the slowest takes about one. An endless loop must not hang all
+CPU_SECONDS_PER_TEST = 30  # for the tests in FILES (the slowest takes about one), against endless loops
 
 
 def pytest_addoption(parser):
@@ -41,7 +41,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "question(number, part): the test counts for this group of points")
-    # One file that does not import must not cost the points of the others.
+    # A file that cannot be imported must not cost the points of the others.
     config.option.continue_on_collection_errors = True
     config.pluginmanager.register(Tally(config), "points-tally")
 
@@ -54,8 +54,8 @@ class Tally:
         self.group_of = {}  # node id -> group
         self.outcomes = {}  # node id -> "passed", "failed" or "skipped"
         self.messages = {}  # node id -> first line of the failure
-        self.deselected = set()  # groups of which tests were left out
-        self.hung = set()  # files of which a test did not end
+        self.deselected = set()  # groups with deselected tests
+        self.hung = set()  # files with a test that did not end
         self.broken = {}  # test file that could not be loaded -> the reason
 
     @pytest.hookimpl(tryfirst=True)
@@ -81,7 +81,7 @@ class Tally:
         file = item.path.name
         if file not in FILES or not hasattr(signal, "SIGVTALRM"):  # Windows has none
             return (yield)
-        # After one that did not end, the other tests of its file need not take as long.
+        # After a test that did not end, the other tests of its file get less time.
         seconds = CPU_SECONDS_PER_TEST / (10 if file in self.hung else 1)
 
         def stop(*_):
@@ -108,7 +108,7 @@ class Tally:
             self.outcomes.setdefault(report.nodeid, report.outcome)
 
     def rows(self) -> list[dict]:
-        """One row per group that was collected, or whose file could not be loaded; points None: undecided."""
+        """One row per group that was collected or has a broken file; points are None if undecided."""
         rows = []
         for group, (points, file) in GROUPS.items():
             nodes = [node for node, its_group in self.group_of.items() if its_group == group]

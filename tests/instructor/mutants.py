@@ -64,9 +64,10 @@ class Watch:
         self.n_tests = len(items)
 
     def _belongs(self, item) -> bool:
-        marker = item.get_closest_marker("question")
-        part = marker.args[1] if marker else "evaluate" if "TestEvaluate" in item.nodeid else None
-        return part == self.part
+        if marker := item.get_closest_marker("question"):
+            return marker.args[1] == self.part
+        extras = f"extras of {item.path.stem.removeprefix('test_')}"
+        return self.part == ("evaluate" if "TestEvaluate" in item.nodeid else extras)
 
     def pytest_collectreport(self, report):
         self._keep(report, str(report.longrepr).strip().splitlines()[-1:])

@@ -11,11 +11,12 @@ FF, ATTENTION = "FeedForward and DecoderBlock", "self_attention"
 LOSS, RANDOM, SEQUENTIAL = "compute_language_modeling_loss", "random_batch_sampler", "sequential_batch_sampler"
 SOFTMAX, SENTIMENT = "softmax_with_temperature", "classify_binary_sentiment"
 
-# The module of each part of the points. `evaluate` gives no points, but it has tests.
+# The module of each part of the points. `evaluate` and the extras give no points, but they have tests.
 MODULE_OF = {
     part: file.removeprefix("test_").removesuffix(".py") for (_, part), (_, file) in points.GROUPS.items()
 }
 MODULE_OF["evaluate"] = "train"
+MODULE_OF |= {f"extras of {module}": module for module in set(MODULE_OF.values())}
 
 
 class Mutant(NamedTuple):
@@ -53,6 +54,7 @@ SEQUENTIAL_ROWS = "rows = tokens[: n_rows * seq_len].reshape(n_rows, seq_len)"
 SEQUENTIAL_LOOP = "for start in range(0, n_rows, batch_size):"
 CROSS_ENTROPY = "F.cross_entropy(predictions, labels)"
 LABELS = "input_ids[:, 1:].flatten()"
+IN_AUTOCAST = "with autocast:\n                loss = loss_fn(input_ids)\n            #"
 BACKWARD = "            (loss / grad_accumulation_steps).backward()\n"
 SET_LR = "        set_lr(optimizer, learning_rate)\n"
 STEP = "        optimizer.step()\n"
@@ -77,13 +79,11 @@ NEW_WINDOW = "                    decoder = CachedDecoder(model)\n"
 # Texts of classify.py
 P_POSITIVE = "F.softmax(logits[:, tokens_of_interest], dim=-1)[:, 1]"
 HIDDEN = "model.hidden_states(input_ids, mask)"
-SCORE_PADDING = "left_pad([prompts[i] for i in indices], tokenizer.eot_token, device)"
-RIGHT_PAD = """def right_pad(rows, pad_token, device):
-    input_ids, mask = left_pad([row[::-1] for row in rows], pad_token, device)
-    return input_ids.flip(1), mask.flip(1)
-
-
-"""
+IN_ORDER = "classify_in_order.py"
+IN_ORDER_RIGHT_PADDING = (
+    *("[eot] * (longest - len(row)) + row for", "row + [eot] * (longest - len(row)) for"),
+    *("[0.0] * (longest - len(row)) + [1.0] * len(row)", "[1.0] * len(row) + [0.0] * (longest - len(row))"),
+)
 
 # fmt: off
 # ruff: noqa: E501 (one mutant, one line)
@@ -222,7 +222,7 @@ FAMILIES = {
         mistake("logged without asking for a run", "train", LOG, '        wandb.log({"train-loss": train_loss, "learning-rate": learning_rate}, step=step)\n'),
         mistake("left in evaluation mode", "train", "    model.train()\n", ""),
         mistake("put into evaluation mode", "train", "    model.train()\n", "    model.eval()\n"),
-        mistake("autocast not used", "train", "with autocast:\n                loss = loss_fn(input_ids)\n            #", "with nullcontext():\n                loss = loss_fn(input_ids)\n            #"),
+        mistake("autocast not used", "train", IN_AUTOCAST, IN_AUTOCAST.replace("autocast", "nullcontext()")),
     ],
     "schedule": [
         mistake("warm-up one step early", "cosine_lr_schedule", "max_lr * t / num", "max_lr * (t + 1) / num"),
@@ -265,7 +265,7 @@ FAMILIES = {
         mistake("exp overflows", SOFTMAX, f"return {SOFTMAX_OF_LOGITS}", "e = torch.exp(logits / temperature)\n    return e / e.sum(dim=-1, keepdim=True)"),
         mistake("logits changed in place", SOFTMAX, SOFTMAX_OF_LOGITS, "F.softmax(logits.div_(temperature), dim=-1)"),
         mistake("arg max at every temperature", "generate", DRAW, "probs.argmax(dim=-1)"),
-        mistake("sampled at temperature 0", "generate", "return probs.argmax(dim=-1)", "probs = F.softmax(logits, dim=-1)"),
+        mistake("sampled at temperature 0", "generate", "return logits.argmax(dim=-1)", "return torch.multinomial(F.softmax(logits, dim=-1), 1).squeeze(-1)"),
         mistake("one draw for all rows", "generate", DRAW, "torch.multinomial(probs[:1], 1).squeeze(-1).expand(len(probs))"),
         mistake("seeded inside", "generate", "    texts = []\n", "    texts = []\n    torch.manual_seed(0)\n"),
         mistake("prompt returned", "generate", "input_ids[:, n_prompt:].tolist()", "input_ids.tolist()"),
@@ -309,8 +309,8 @@ FAMILIES = {
         mistake("ties broken by order", SENTIMENT, "    return (p >", "    if calibrate:\n        rank = p.argsort(stable=True).argsort()\n        return [int(r > (len(p) - 1) // 2) for r in rank]\n    return (p >"),
         mistake("calibrated upwards only", SENTIMENT, "p.median().item()", "max(0.5, p.median().item())"),
         mistake("exp overflows", SENTIMENT, f"return {P_POSITIVE}", "e = torch.exp(logits[:, tokens_of_interest])\n    return e[:, 1] / e.sum(dim=1)"),
-        mistake("right padding", "score", SCORE_PADDING, SCORE_PADDING.replace("left_pad", "right_pad"), "def score(", RIGHT_PAD + "def score("),
-        mistake("mask ignored", "score", HIDDEN, "model.hidden_states(input_ids)"),
+        mistake("right padding", "score", *IN_ORDER_RIGHT_PADDING, file=IN_ORDER),
+        mistake("mask ignored", "score", "model(ids, mask)", "model(ids)", file=IN_ORDER),
         mistake("order lost", "score", "logits[indices] =", "logits[start : start + len(indices)] ="),
         mistake("partial batch lost", "score", "range(0, len(prompts), batch_size)", "range(0, len(prompts) - batch_size + 1, batch_size)", "    return logits\n", "    return logits[: len(prompts) // batch_size * batch_size]\n"),
         mistake("logits of the first position", "score", HIDDEN, f"{HIDDEN}[:, :1]"),
@@ -319,6 +319,24 @@ FAMILIES = {
         mistake("decoder blocks skipped", "score", HIDDEN, "model.ln(model.embed(input_ids, mask))"),
         mistake("dropout active", "score", "with inference(model),", "with torch.inference_mode(),"),
         mistake("the mode found is not restored", "score", "    with inference(model),", "    model.eval()\n    with torch.inference_mode(),"),
+    ],
+    "extras": [
+        mistake("loss_fn ignored", "extras of train", "loss_fn = loss_fn or partial(plain_loss, model)\n    batches", "loss_fn = partial(plain_loss, model)\n    batches"),
+        mistake("loss_fn ignored", "evaluate", "loss_fn = loss_fn or partial(plain_loss, model)\n    total_loss", "loss_fn = partial(plain_loss, model)\n    total_loss"),
+        mistake("loss_fn called outside autocast", "extras of train", IN_AUTOCAST, IN_AUTOCAST.replace("autocast", "nullcontext()")),
+        mistake("grad_clip ignored", "extras of train", "grad_clip or math.inf", "math.inf"),
+        mistake("grad_clip after each micro-batch", "extras of train", "            losses.append(loss.detach())\n", "            losses.append(loss.detach())\n            nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)\n"),
+        mistake("numbers that are not finite accepted", "extras of train", "if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):", "if False:"),
+        mistake("gradients that are not finite accepted", "extras of train", "if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):", "if not math.isfinite(step_loss):"),
+        mistake("start_step ignored", "extras of train", "range(start_step, num_training_steps)", "range(num_training_steps)"),
+        mistake("previous_losses ignored", "extras of train", "deque(previous_losses,", "deque((),"),
+        mistake("on_step not called", "extras of train", "            on_step(result)\n", "            pass\n"),
+        mistake("drop_last ignored", "extras of train", "if drop_last:", "if True:"),
+        mistake("queries taken for the first tokens", "extras of model", CAUSAL, ".tril()"),
+        mistake("a literal <|endoftext|> ends the text", "extras of generate", "tokenizer.encode_ordinary(text)", 'tokenizer.encode(text, allowed_special="all")'),
+        mistake("numpy seeds the samples", "extras of generate", DRAW, "torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(int(__import__('numpy').random.randint(1000)))).squeeze(-1)"),
+        mistake("scores always in float32", "extras of classify", "embeddings.new_empty(", "torch.empty(", "next_logits.to(logits.dtype)", "next_logits"),
+        mistake("an empty text has no token", "extras of classify", "encode_prompt(tokenizer, text, n_positions)", "tokenizer.encode_ordinary(text)[-n_positions:]"),
     ],
 }
 # fmt: on

@@ -28,15 +28,17 @@ def score_of_one_text(model, row):
 
 
 def score_in_batches(model, rows, batch_size, pad_token):
-    right, order = last_logits(model, rows), sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    right = last_logits(model, rows)
+    shortest_first = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     longest = [max(map(len, rows[i - i % batch_size :][:batch_size])) for i in range(len(rows))]
     padding = [[pad_token] * (n - len(row)) for n, row in zip(longest, rows, strict=True)]
     left = [pad + row for pad, row in zip(padding, rows, strict=True)]
     right_padded = [row + pad for pad, row in zip(padding, rows, strict=True)]
     masks = [[1.0] * len(row) + [0.0] * len(pad) for pad, row in zip(padding, rows, strict=True)]
     return {
-        "the order of the texts is lost: sorted by length": right[order],
-        "the order of the texts is lost: sorted by length, longest first": right[order[::-1]],
+        "the order of the texts is lost: sorted by length": right[shortest_first],
+        "the order of the texts is lost: sorted by length, longest first": right[longest_first],
         "padding on the right: the last column is padding": last_logits(model, right_padded, masks),
         "padding on the right, without an attention_mask": last_logits(model, right_padded),
         "padding on the left without an attention_mask": last_logits(model, left),

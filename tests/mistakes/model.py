@@ -89,7 +89,10 @@ def sums_of_weights(q, kT):
         "softmax runs over the queries, it must run over the keys": (
             sums(scores.masked_fill(~causal, -torch.inf).softmax(-2))
         ),
-        "softmax runs over the heads, it must run over the keys": sums(scores.softmax(1) * causal),
+        "softmax runs over the heads, it must run over the keys": (
+            sums(scores.masked_fill(~causal, torch.finfo(scores.dtype).min).softmax(1))
+        ),
+        "softmax runs over the heads, masked after it": sums(scores.softmax(1) * causal),
         "masked after softmax: mask the scores before it": sums(scores.softmax(-1) * causal),
         "the causal mask is strict: a token must see itself": (
             torch.ones(B, S, H * HD).index_fill(1, torch.tensor([0]), 0.0)

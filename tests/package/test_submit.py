@@ -1,4 +1,4 @@
-"""The hand-in, walked through with a tiny solution: what is right is to_bytes, and each fault is named."""
+"""The hand-in, with a tiny solution: a good one is packed, and each fault is named."""
 
 import hashlib
 import shutil
@@ -19,7 +19,7 @@ NAMES = {*submit.CODE, "model.pt", "config.yaml", "ada.pdf"}
 
 @pytest.fixture
 def solution(tmp_path, monkeypatch):
-    """A folder with a trained model, answers and the four files; the course's tests are not run here."""
+    """A folder with a trained model, answers and the four files, where the tests of the questions are not run."""
     run = TinyRun(tmp_path)
     root = tmp_path / "solution"
     (root / "report").mkdir(parents=True)
@@ -146,9 +146,9 @@ def test_an_andrew_id_is_a_plain_name(name, capsys):
 
 
 class TestAlone:
-    """The four files in an empty folder, with the course's tests beside them."""
+    """The four files in an empty folder, with only the tests beside them."""
 
-    def test_the_points_are_told_and_what_was_lost(self, tmp_path):
+    def test_points_and_lost_groups_are_reported(self, tmp_path):
         for name in submit.CODE:
             shutil.copyfile(ROOT / name, tmp_path / name)
         edit("classify.py", "def classify_binary_sentiment(", "def classify(")(tmp_path)
