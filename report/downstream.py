@@ -15,6 +15,7 @@ from classify import YELP_LABEL_MAP, YELP_TEMPLATE, decision_boundary, score
 from data.build import HELD_OUT, SAMPLE
 from generate import encode_prompt, generate, softmax_with_temperature
 from support.checkpoint import load_trained_model, to_bytes
+from support.chunked_loss import ChunkedLanguageModelingLoss
 from support.config import dump_config
 from support.files import write_atomically, write_together
 from support.metrics import area_under_roc
@@ -80,7 +81,7 @@ def held_out_loss(trained, tokens: np.ndarray) -> float:
     """Loss on these tokens, nats per token, as train.py evaluates."""
     c = trained.config
     batches = train.sequential_batch_sampler(tokens, trained.device, 8, c.seq_len, drop_last=False)
-    return train.evaluate(trained.model, batches)["val-loss"]
+    return train.evaluate(trained.model, batches, loss_fn=ChunkedLanguageModelingLoss(trained.model))["val-loss"]
 
 
 @torch.inference_mode()

@@ -38,6 +38,7 @@ from variants import GPT2, UntiedLM  # noqa: E402
 import train  # noqa: E402
 from data.build import HELD_OUT, MIXTURE  # noqa: E402
 from model import DecoderLM  # noqa: E402
+from support.chunked_loss import ChunkedLanguageModelingLoss  # noqa: E402
 from support.config import load_config  # noqa: E402
 from support.errors import exit_on_user_error, require  # noqa: E402
 from support.files import write_atomically  # noqa: E402
@@ -90,10 +91,9 @@ def measure_run(setting: str, run: str) -> None:
     }
     if config.data and (ROOT / config.data) == MIXTURE:  # the loss of the run itself is on held-out C4
         model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))  # of a variant, too
-        batches = train.sequential_batch_sampler(
-            np.load(HELD_OUT)["val"], "cpu", 8, config.seq_len, drop_last=False
-        )
-        result["wikipedia-loss"] = train.evaluate(model, batches)["val-loss"]
+        wikipedia, loss_fn = np.load(HELD_OUT)["val"], ChunkedLanguageModelingLoss(model)
+        batches = train.sequential_batch_sampler(wikipedia, "cpu", 8, config.seq_len, drop_last=False)
+        result["wikipedia-loss"] = train.evaluate(model, batches, loss_fn=loss_fn)["val-loss"]
     write_atomically(RESULTS / f"{run}.json", json.dumps(result, indent=1) + "\n")
 
     metrics = read_metrics(folder / "metrics.csv")
