@@ -10,6 +10,8 @@ Each review is put into a template that ends just before the verdict; the model 
 Shapes: N texts, B of them in a batch, S tokens in each, V vocabulary size.
 """
 
+import time
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -97,16 +99,18 @@ def main(argv: list[str] | None = None) -> None:
 
         prompts = [YELP_TEMPLATE.format(text=text) for text in reviews.texts]
         label_tokens = [tokenizer.encode_ordinary(YELP_LABEL_MAP[label])[0] for label in (0, 1)]
+        started = time.perf_counter()
         columns = []  # of the N x V logits only the two that count are kept
         for start in range(0, len(prompts), TEXTS_PER_SLICE):
             texts = prompts[start : start + TEXTS_PER_SLICE]
             columns.append(score(model, trained.device, tokenizer, texts, args.batch_size)[:, label_tokens])
         logits = torch.cat(columns).cpu()  # (N, 2)
+        seconds = time.perf_counter() - started
 
         p = p_positive(logits, [0, 1])
         predictions = [classify_binary_sentiment(logits, [0, 1], calibrate) for calibrate in (False, True)]
         boundaries = [decision_boundary(p, calibrate) for calibrate in (False, True)]
-        report_classification(trained, reviews, p.numpy(), predictions, boundaries, args.calibrate)
+        report_classification(trained, reviews, p.numpy(), predictions, boundaries, args.calibrate, seconds)
 
 
 if __name__ == "__main__":

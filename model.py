@@ -71,7 +71,7 @@ class MultiHeadAttention(nn.Module):
         exactly 0 from every head.
         """
         S_q, S_k = q.shape[-2], kT.shape[-1]
-        scores = (q * self.scale_factor) @ kT  # (B, H, S_q, S_k); q is smaller than the scores
+        scores = (q * self.scale_factor) @ kT  # (B, H, S_q, S_k); scaling q is cheaper
 
         visible = torch.ones(S_q, S_k, dtype=torch.bool, device=q.device).tril(S_k - S_q)
         if attention_mask is not None:
@@ -189,7 +189,7 @@ class DecoderLM(nn.Module):
         if attention_mask is None:
             position_ids = torch.arange(S, device=input_ids.device)  # (S,)
         else:
-            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, S); any for padding
+            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
         return self.dropout(self.token_embeddings(input_ids) + self.position_embeddings(position_ids))
 
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:

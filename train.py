@@ -121,7 +121,7 @@ class StepResult(NamedTuple):
 
 
 def log_to_wandb(result: StepResult) -> bool:
-    """Log one step to the active W&B run. If that fails, warn and return False: training goes on without."""
+    """Log one step to the active W&B run. If that fails, warn and return False: training continues."""
     try:
         wandb.log({"train-loss": result.train_loss, "learning-rate": result.learning_rate}, step=result.step)
     except Exception as error:
@@ -157,7 +157,7 @@ def train(
     loss_fn = loss_fn or partial(plain_loss, model)
     batches = iter(batch_sampler)
     recent_losses = deque(previous_losses, maxlen=RUNNING_MEAN_STEPS)
-    logs_to_wandb = wandb.run is not None
+    wandb_active = wandb.run is not None
     model.train()
     for step in range(start_step, num_training_steps):
         learning_rate = lr_schedule(step)
@@ -173,8 +173,9 @@ def train(
             (loss / grad_accumulation_steps).backward()
             losses.append(loss.detach())
 
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        # The one place where a step waits for the device.
+        max_norm = math.inf if grad_clip is None else grad_clip  # inf only measures the norm
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        # tolist() waits for the device, once per step: both numbers are fetched together.
         step_loss, grad_norm = torch.stack([torch.stack(losses).mean(), grad_norm]).tolist()
         if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):
             where = f"step {step} (learning rate {learning_rate:.3g})"
@@ -184,8 +185,8 @@ def train(
         recent_losses.append(step_loss)
         train_loss = sum(recent_losses) / len(recent_losses)
         result = StepResult(step, step_loss, train_loss, learning_rate)
-        if logs_to_wandb:
-            logs_to_wandb = log_to_wandb(result)
+        if wandb_active:
+            wandb_active = log_to_wandb(result)
         if on_step is not None:
             on_step(result)
 
@@ -199,8 +200,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean loss over all predicted tokens (nats per token) and its perplexity, exp(loss).
 
-    Batches may differ in size: each counts by its predictions. loss_fn is as in `train`. Every module's
-    mode is restored. Raises ValueError if there is no batch.
+    Batches may differ in size: each is weighted by its number of predictions. loss_fn is as in `train`.
+    Every module's mode is restored. Raises ValueError if there is no batch.
     """
     loss_fn = loss_fn or partial(plain_loss, model)
     total_loss, n_predictions = 0.0, 0
@@ -272,7 +273,9 @@ def main(argv: list[str] | None = None) -> None:
         optimizer = torch.optim.AdamW(
             model.parameters(), betas=(0.9, 0.95), weight_decay=c.weight_decay, fused=setup.hardware.fused
         )
-        flops = training_flops(model, c.num_training_steps, c.grad_accumulation_steps, setup.batch_size, c.seq_len)
+        flops = training_flops(
+            model, c.num_training_steps, c.grad_accumulation_steps, setup.global_batch_size, c.seq_len
+        )
         distributed_loss_fn = setup.distribute(loss_fn)
         run = TrainingRun(setup, model, optimizer, flops)
         run.show_header(f"train {args.config}")
@@ -283,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
                 optimizer,
                 cosine_lr_schedule(c.num_warmup_steps, c.num_training_steps, c.min_lr, c.max_lr),
                 setup.autocast,
-                run.end_step,
+                run.end_step,  # num_training_steps, or a few in a dry run
                 c.grad_accumulation_steps,
                 loss_fn=distributed_loss_fn,
                 grad_clip=c.grad_clip,
@@ -291,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
                 previous_losses=run.progress.recent_losses,
                 on_step=run.on_step,
             )
-            if run.writes_results:
+            if run.writes_results:  # the main process, unless in a dry run
                 run.finish(evaluate(model, val_batches, setup.autocast, loss_fn=loss_fn))
                 run.show_sample(lambda prompt: generate(model, device, tokenizer, [prompt], 1, temperature=0.7)[0])
 

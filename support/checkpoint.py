@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +105,6 @@ class TrainedModel:
     hardware: Hardware
     path: Path
     how_found: str
-    loaded_at: float  # time.perf_counter() when it was ready
 
     @property
     def device(self) -> torch.device:
@@ -142,7 +140,7 @@ def load_trained_model(config_path: str | None, checkpoint: str | None) -> Train
     model = DecoderLM(tokenizer.n_vocab, **vars(config.model_config))
     _fill(model, state, path, config.model_config)
     model = model.to(hardware.device).eval()
-    return TrainedModel(model, config, tokenizer, hardware, path, how_found, time.perf_counter())
+    return TrainedModel(model, config, tokenizer, hardware, path, how_found)
 
 
 def find_checkpoint(config_path: str | None, checkpoint: str | None) -> tuple[Path, str]:

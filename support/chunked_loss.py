@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from support.hardware import compile_forward
-from train import compute_language_modeling_loss
+from train import plain_loss
 
 MIN_ROWS, MAX_ROWS = 64, 512  # predictions per chunk
 PIECE_SIZE = 2**22  # numbers of the embedding matrix multiplied at a time: more would leave a CPU's caches
@@ -27,7 +27,7 @@ class LanguageModelingLoss(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids (B, S) -> mean next-token cross entropy in nats, a scalar."""
-        return compute_language_modeling_loss(input_ids, self.model(input_ids))
+        return plain_loss(self.model, input_ids)
 
 
 class ChunkedLanguageModelingLoss(LanguageModelingLoss):
@@ -87,12 +87,14 @@ def _loss_and_gradients(hidden, weight, labels, needs_gradients):
     weight_grad = torch.zeros_like(weight) if needs_gradients else None
     buffer = hidden.new_empty(V * min(rows, n))
     loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    subtract_max = False
     for start in range(0, n, rows):
         h, label = hidden[start : start + rows], labels[None, start : start + rows]  # (R, D), (1, R)
         logits = buffer[: V * len(h)].view(V, len(h))  # (V, R)
-        of_label, p, total = _exponentials(weight, h, label, logits, piece, subtract_max=False)
-        if not (total.min() > 1 / SAFE_SUM and total.max() < SAFE_SUM):
-            of_label, p, total = _exponentials(weight, h, label, logits, piece, subtract_max=True)
+        of_label, p, total = _exponentials(weight, h, label, logits, piece, subtract_max)
+        if not (subtract_max or (total.min() > 1 / SAFE_SUM and total.max() < SAFE_SUM)):
+            subtract_max = True  # from here on
+            of_label, p, total = _exponentials(weight, h, label, logits, piece, subtract_max)
         loss += (total.log2() - of_label).sum(dtype=torch.float64) * math.log(2)
         if needs_gradients:
             p.scatter_add_(0, label, -total)  # total (p - onehot)

@@ -1,7 +1,5 @@
 """What classify.py prints and writes."""
 
-import time
-
 import numpy as np
 
 from support.checkpoint import TrainedModel
@@ -38,11 +36,12 @@ def report_classification(
     predictions: list[list[int]],
     boundaries: list[float],
     calibrate: bool,
+    seconds: float,
 ) -> None:
     """Print both accuracies; write classification.json and classification.png beside the checkpoint.
 
     p (N,) is p(positive) of each review. `predictions` and `boundaries` are without and with calibration;
-    `calibrate` says which predictions are written.
+    `calibrate` says which predictions are written; scoring took `seconds`.
     """
     labels = np.array(reviews.labels)
     accuracies = [float(np.mean(np.array(predicted) == labels)) for predicted in predictions]
@@ -67,8 +66,6 @@ def report_classification(
     }
     write_atomically(trained.folder / "classification.json", json_text(results))
     figure = trained.folder / "classification.png"
-    boundary_by_kind = dict(zip(KINDS, boundaries, strict=True))
-    plot_classification(p, labels, boundary_by_kind, f"{trained.path}, {reviews.name}", figure)
-    seconds = time.perf_counter() - trained.loaded_at
+    plot_classification(p, labels, results["boundary"], f"{trained.path}, {reviews.name}", figure)
     print(f"{len(labels)} reviews in {seconds:.1f} s, written to {trained.folder}/classification.json, .png")
     next_commands(f"python generate.py --checkpoint {trained.path} --temperature 0.8")

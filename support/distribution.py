@@ -1,13 +1,13 @@
 """Several processes train one model, each on batches of its own: torchrun --nproc_per_node=4 train.py CONFIG
 
-torchrun comes with PyTorch. It starts the processes and numbers them; the number is a process's rank. Rank 0
-alone prints, writes and holds the folder. Without torchrun nothing here does anything.
+torchrun comes with PyTorch. It starts the processes and numbers them; the number is a process's rank. Only
+rank 0 prints, writes and locks the folder. Without torchrun there is one process, and this module does nothing.
 """
 
 import os
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from support.errors import RunStopped, UserError, require
 
-PATIENCE = timedelta(minutes=30)  # with a silent process; the longest wait is for rank 0 to tokenise a text
+PATIENCE = timedelta(minutes=30)  # how long to wait for another process, such as rank 0 while it tokenises a text
+EVALUATION_PATIENCE = timedelta(days=7)  # for rank 0, which evaluates alone
 _ENDED: list[dist.ProcessGroup] = []
-LOST = "another process of this run has ended or is silent; its own message, or torchrun's, says why"
+LOST = "another process of this run exited or stopped responding; see its message or torchrun's"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class World:
         if self.size == 1:
             return requested
         known = requested in ("auto", "cuda", "cpu")
-        require(known, f"device = '{requested}' is but one for {self.size} processes; give auto, cuda or cpu")
+        require(known, f"{self.size} processes cannot share device = '{requested}'; use auto, cuda or cpu")
         if requested == "cpu" or not torch.cuda.is_available():
             return requested.replace("auto", "cpu")
         here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
@@ -50,7 +51,12 @@ class World:
         return self.rank == 0
 
     def distribute(
-        self, loss_fn: torch.nn.Module, grad_accumulation_steps: int, batch_shape: tuple[int, int], seed: int
+        self,
+        loss_fn: torch.nn.Module,
+        grad_accumulation_steps: int,
+        batch_shape: tuple[int, int],
+        autocast: AbstractContextManager,
+        seed: int,
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """The loss averaged over all processes, with averaged gradients; alone, loss_fn itself.
 
@@ -58,7 +64,7 @@ class World:
         """
         if self.size == 1:
             return loss_fn
-        loss_fn = DistributedLoss(loss_fn, grad_accumulation_steps, batch_shape)
+        loss_fn = DistributedLoss(loss_fn, grad_accumulation_steps, batch_shape, autocast)
         torch.manual_seed(int(np.random.SeedSequence((seed, self.rank)).generate_state(1)[0]))
         return loss_fn
 
@@ -94,16 +100,25 @@ class World:
 class DistributedLoss:
     """input_ids (B, S) of this process -> the loss averaged over all processes.
 
-    Backward averages the gradients too, once for every grad_accumulation_steps calls.
+    Backward averages the gradients too, once for every grad_accumulation_steps calls. The loss itself costs one
+    small reduction per call.
     """
 
-    def __init__(self, loss_fn: torch.nn.Module, grad_accumulation_steps: int, batch_shape: tuple[int, int]):
+    def __init__(
+        self,
+        loss_fn: torch.nn.Module,
+        grad_accumulation_steps: int,
+        batch_shape: tuple[int, int],
+        autocast: AbstractContextManager,
+    ):
         device = next(loss_fn.parameters()).device
         device_ids = [device] if device.type == "cuda" else None
         self.module = DistributedDataParallel(loss_fn, device_ids)
         # The first backward pass decides how gradients are packed, and so the order in which they are summed.
         # Run here, it decides the same way in a resumed run.
-        self.module(torch.zeros(batch_shape, dtype=torch.int64, device=device)).backward()
+        with autocast:
+            loss = self.module(torch.zeros(batch_shape, dtype=torch.int64, device=device))
+        loss.backward()
         loss_fn.zero_grad()
         self.grad_accumulation_steps, self.n_calls = grad_accumulation_steps, 0
 
@@ -120,28 +135,31 @@ class DistributedLoss:
 
 @contextmanager
 def join_world():
-    """Connect with the other processes that torchrun started, and yield the World; without it, be alone."""
+    """Connect with the processes that torchrun started and yield the World; without torchrun, one of size 1."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         yield World()
         return
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    at_the_end = dist.new_group(backend="gloo", timeout=EVALUATION_PATIENCE)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if world.rank else sys.stdout):
         try:
             yield world
         except Exception as error:
-            message = RunStopped(f"{LOST}.") if lost_process(error) else error
-            if world.rank and isinstance(message, UserError):
-                # What all ranks meet (bad input, divergence, a lost process) rank 0 tells alone.
-                common = (message.status == 2 and world.local_rank) or str(message).startswith((LOST, "diverged"))
-                message = SystemExit(message.status) if common else type(message)(f"rank {world.rank}: {message}")
-            if message is error:
+            reported = RunStopped(f"{LOST}.", on_all_processes=True) if lost_process(error) else error
+            if world.rank and isinstance(reported, UserError):
+                # Errors common to all ranks (bad input, divergence, a lost process) are reported by rank 0 only.
+                is_common = reported.on_all_processes or (reported.status == 2 and world.local_rank)
+                own_message = f"rank {world.rank}: {reported}"
+                reported = SystemExit(reported.status) if is_common else type(reported)(own_message)
+            if reported is error:
                 raise
-            raise message from error
-    dist.barrier()  # the store lives in rank 0, which must not leave before the others
+            raise reported from error
+    # The store lives in rank 0, which must not leave before the others; they wait here while it evaluates.
+    dist.barrier(group=at_the_end)
     # The group's destructor holds Python's lock and waits for gloo's threads, one of which may wait for that very
     # lock to drop the last tensor. So a reference stays until the process ends.
-    _ENDED.append(dist.group.WORLD)
+    _ENDED.extend([dist.group.WORLD, at_the_end])
     dist.destroy_process_group()  # not after an error: it would wait for the others
 
 

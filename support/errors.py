@@ -11,12 +11,17 @@ class UserError(Exception):
     """Bad input. The message says in one sentence what is wrong, where, and how to fix it."""
 
     status = 2
+    on_all_processes = False  # True: one process reports it for all
 
 
 class RunStopped(UserError):
     """A run that cannot continue. The message says why, what was saved, and what to do."""
 
     status = 1
+
+    def __init__(self, message: str, on_all_processes: bool = False):
+        super().__init__(message)
+        self.on_all_processes = on_all_processes
 
 
 def require(condition: bool, message: str) -> None:

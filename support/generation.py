@@ -1,7 +1,6 @@
 """What generate.py prints and writes."""
 
 import json
-import time
 from argparse import Namespace
 
 from support.checkpoint import TrainedModel
@@ -20,9 +19,11 @@ def show_generation_header(trained: TrainedModel, args: Namespace) -> None:
     show_facts({**trained.facts(), "sampling": ", ".join(parts)})
 
 
-def report_texts(trained: TrainedModel, prompts: list[str], texts: list[str]) -> None:
-    """Print each prompt with its continuation; write generation.jsonl beside the checkpoint."""
-    seconds = time.perf_counter() - trained.loaded_at
+def report_texts(trained: TrainedModel, prompts: list[str], texts: list[str], seconds: float) -> None:
+    """Print each prompt with its continuation; write generation.jsonl beside the checkpoint.
+
+    Generating took `seconds`.
+    """
     lines = []
     for prompt, text in zip(prompts, texts, strict=True):
         show_text(prompt, text)

@@ -20,7 +20,7 @@ PATIENCE_SECONDS = 8
 
 
 class Unavailable(Exception):
-    """The Hub does not give what was asked for; the message is the reason in a few words."""
+    """The file cannot be fetched from the Hub; the message says why in a few words."""
 
 
 def hub_file(repo: str, filename: str, name: str) -> Path:
@@ -44,6 +44,7 @@ def _download(repo: str, filename: str, target: Path) -> None:
     # Asked first and alone, because the download retries an unreachable Hub for more than a minute.
     # The files are public, and an expired token would be refused: token=False.
     url = hf_hub_url(repo, filename, repo_type="dataset")
+    print(f"{target.name} is not in data/: asking the Hugging Face Hub for it.", flush=True)
     facts = ask(get_hf_file_metadata, url, token=False)
     if facts.commit_hash is None or facts.size is None:
         raise Unavailable("got a web page instead of the Hub; is there a captive portal?")

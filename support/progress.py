@@ -11,6 +11,7 @@ from support.corpus import unigram_entropy
 from support.hardware import matrix_product_rate
 from support.screen import count, duration, heading, show_facts, show_note
 from support.setup import Setup
+from train import StepResult
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ class ProgressDisplay:
             disable=not (enabled and sys.stderr.isatty()),
         )
 
-    def update(self, result, seconds: float) -> None:
-        """Show a `train.StepResult`; `seconds` have passed since start_step."""
+    def update(self, result: StepResult, seconds: float) -> None:
+        """Show the result of a step; `seconds` have passed since start_step."""
         done = result.step + 1
         seconds_per_step = seconds / (done - self.start_step)
         text = (

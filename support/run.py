@@ -125,18 +125,21 @@ class TrainingRun:
             raise
         except Exception as error:
             c = self.config
-            message = as_user_error(error, f" at step {self.progress.next_step}: {memory_advice(c)}")
+            user_error = as_user_error(error, f" at step {self.progress.next_step}: {memory_advice(c)}")
+            common_reason = None  # why all processes stop at once
             if isinstance(error, FloatingPointError):
-                message = (
-                    f"diverged: {error}; the weights were not changed by it. Likely remedies, with --fresh: a "
+                common_reason = (
+                    f"diverged: {error}; the weights were not updated. Likely remedies, with --fresh: a "
                     f"lower max_lr (now {c.max_lr:g}), more num_warmup_steps (now {c.num_warmup_steps}), or "
                     f"grad_clip (now {c.grad_clip or 'off'}; 1.0 is usual)"
                 )
             elif lost_process(error):
-                message = LOST
-            if message is None:
+                common_reason = LOST
+            if common_reason:
+                raise RunStopped(f"{common_reason}. {self._resume_hint}", on_all_processes=True) from error
+            if user_error is None:
                 raise
-            raise RunStopped(f"{message}. {self._resume_hint}") from error
+            raise RunStopped(f"{user_error}. {self._resume_hint}") from error
 
     def _after_step(self, result: StepResult) -> None:
         """Log and show one step, save the state if it is due, stop if a signal came."""
@@ -151,7 +154,8 @@ class TrainingRun:
 
         last = n_steps == total
         # A signal to one process stops all of them after the same step.
-        stop, due = self.world.maximum(self._signals.number, self._save_is_due(n_steps))
+        due = self.world.is_main_process and self._save_is_due(n_steps)  # it knows how long saving takes
+        stop, due = self.world.maximum(self._signals.number, due)
         if stop or last or due:
             self._save_state()
         if stop:
@@ -181,7 +185,9 @@ class TrainingRun:
             self._set_resume_hint()
         except (OSError, MemoryError) as error:
             reason = getattr(error, "strerror", None) or "out of memory"
-            tqdm.write(f"Could not save the state of step {self.progress.next_step} ({reason}); training goes on.")
+            tqdm.write(
+                f"Could not save the state of step {self.progress.next_step} ({reason}); training continues."
+            )
         self._last_save = time.perf_counter()
         self._save_seconds = self._last_save - started
 
@@ -193,6 +199,7 @@ class TrainingRun:
             self.progress.seconds = time.perf_counter() - self._started
         facts = write_results(self.folder, self.facts, self.model, result, self.progress.seconds)
         self.state_path.unlink(missing_ok=True)
+        (self.folder / WORKING_METRICS).unlink(missing_ok=True)  # after the state, whose rows it holds
         self._resume_hint = "The run is finished and its results are written"
         self._result = result
         show_results(self.folder, self.facts, result, facts)

@@ -56,7 +56,7 @@ def show_text(prompt: str, continuation: str) -> None:
 
 
 def next_commands(*commands: str) -> None:
-    """The commands that a person may want to type next."""
+    """Suggest the commands to run next."""
     print(dim("\nNext:"))
     for command in commands:
         print(f"  {command}")
@@ -71,7 +71,7 @@ def count(number: float, unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that a person would choose."""
+    """A time in a readable unit."""
     if seconds < 90:
         return f"{seconds:.1f} s"
     if seconds < 90 * 60:

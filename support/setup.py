@@ -1,4 +1,4 @@
-"""What a training run starts from: configuration, device, tokenizer, corpus and processes."""
+"""The inputs of a training run: configuration, device, tokenizer, corpus and processes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -36,19 +36,21 @@ class Setup:
         return self.hardware.autocast()
 
     @property
-    def batch_size(self) -> int:
+    def global_batch_size(self) -> int:
         """Sequences per micro-batch of all processes together."""
         return self.config.batch_size * self.world.size
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens that all processes train on in one step."""
-        return self.batch_size * self.config.seq_len * self.config.grad_accumulation_steps
+        return self.global_batch_size * self.config.seq_len * self.config.grad_accumulation_steps
 
     def distribute(self, loss_fn: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         """The loss to train with: averaged over all processes if there are several, else loss_fn itself."""
         c = self.config
-        return self.world.distribute(loss_fn, c.grad_accumulation_steps, (c.batch_size, c.seq_len), c.seed)
+        return self.world.distribute(
+            loss_fn, c.grad_accumulation_steps, (c.batch_size, c.seq_len), self.autocast, c.seed
+        )
 
 
 @contextmanager

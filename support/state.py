@@ -12,7 +12,7 @@ import torch
 from support.checkpoint import load_archive, to_bytes
 from support.config import TrainingConfig
 from support.corpus import Corpus, evenly_spaced
-from support.errors import UserError, first_line, require
+from support.errors import UserError, first_line, is_out_of_memory, require
 from support.files import write_together
 
 FRESH = "start over with --fresh or choose another output_dir"
@@ -94,6 +94,8 @@ def load_state(
         optimizer.load_state_dict(values["optimizer"])
         _restore_random_state(values["random"][rank], device)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path}: not the state of this run ({first_line(error)}); {FRESH}") from None
     return progress
 
@@ -108,7 +110,7 @@ def _require_same_run(values: dict, identity: RunIdentity, there: str) -> None:
     names = [reprlib.repr(keys["data"] or "the default") for keys in (theirs, ours)]
     require(
         values["data"] == identity.data,
-        f"{there} other data: data ({names[0]} there, {names[1]} here) does not hold the same tokens; {FRESH}",
+        f"{there} other data: data ({names[0]} there, {names[1]} here) has different tokens; {FRESH}",
     )
     n = len(values["random"])
     launcher = "python" if n == 1 else f"torchrun --nproc_per_node={n}"

@@ -1,4 +1,4 @@
-"""Weights & Biases, for those who use it; for those who do not, no prompt, no account and no waiting."""
+"""Optional Weights & Biases logging: without an account, no prompt and no delay."""
 
 import dataclasses
 import netrc

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,7 +125,7 @@ def joined_training(out: Path) -> None:
         torch.manual_seed(1)
         model = DecoderLM(V, 10, 2, 11, 2, p_dropout=0.0)
         loss_fn = LanguageModelingLoss(model)
-        distributed = world.distribute(loss_fn, ACCUMULATION, (ROWS[0] // world.size, S), seed=1)
+        distributed = world.distribute(loss_fn, ACCUMULATION, (ROWS[0] // world.size, S), nullcontext(), seed=1)
         if world.size > 1:
             no_sync = distributed.module.no_sync
             distributed.module.no_sync = lambda: without_exchange.append(1) or no_sync()
@@ -294,7 +295,7 @@ def test_one_process_never_initialises_distribution(monkeypatch, variables):
     monkeypatch.setattr(dist, "init_process_group", None)
     module = torch.nn.Linear(1, 1)
     with join_world() as world:
-        assert world == World() and world.distribute(module, 1, (2, 5), 0) is module
+        assert world == World() and world.distribute(module, 1, (2, 5), nullcontext(), 0) is module
         assert world.maximum(3, -1) == (3, -1) and world.gather("a") == ["a"]
         with world.main_process_first():
             pass
@@ -312,7 +313,7 @@ def test_every_rank_has_its_own_gpu(monkeypatch):
     assert world.device("auto") == "cpu" and world.device("cuda") == "cuda"  # refused by choose_hardware
     cuda.is_available = lambda: True
     assert world.device("auto") == world.device("cuda") == "cuda:1" and chosen == [1, 1]
-    with pytest.raises(UserError, match="'cuda:0' is but one for 8 processes"):
+    with pytest.raises(UserError, match="8 processes cannot share device = 'cuda:0'"):
         world.device("cuda:0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match="4 processes, but 2 GPUs here; start torchrun --nproc_per_node=2"):

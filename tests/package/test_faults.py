@@ -183,7 +183,7 @@ def test_disk_full_while_saving(tmp_path, monkeypatch, capsys, small_disk):
     at_batches(monkeypatch, {4: fill_the_disk, 8: look})
     assert tiny.main() == 0
     out = capsys.readouterr().out
-    assert "Could not save the state of step 3 (No space left on device); training goes on" in out
+    assert "Could not save the state of step 3 (No space left on device); training continues" in out
     assert tiny.results() == whole.results(), "the run with the full disk lost something"
 
 
@@ -229,7 +229,7 @@ def test_file_size_limit_while_saving_and_at_the_end(tmp_path, monkeypatch, caps
     with limit(resource.RLIMIT_FSIZE, 1 << 20):
         assert tiny.main() == 1
     captured = capsys.readouterr()
-    assert captured.out.count("(File too large); training goes on") == 3
+    assert captured.out.count("(File too large); training continues") == 3
     assert "File too large" in captured.err and "start over" in captured.err and tiny.leftovers() == []
     kept = {}
     at_batches(monkeypatch, {10: lambda: kept.update(state=tiny.state.read_bytes())})

@@ -13,7 +13,7 @@ import torch
 from tiny_run import TinyRun, at_batches, leave_out_what_is_slow, processes, wait_until
 
 import train
-from support import run
+from support import results, run
 from support.checkpoint import to_bytes
 from support.files import write_together
 
@@ -156,6 +156,17 @@ def test_results_stand_until_the_new_ones_are_complete(tmp_path, monkeypatch, un
         assert (tiny.out / name).read_bytes() == first[name], f"{name} of the finished run is gone"
     assert (tiny.out / "config.yaml").read_bytes() == config
     assert tiny.main() == 0 and tiny.results() == uninterrupted, "a finished run starts over"
+
+
+def test_a_run_stopped_while_its_curve_is_drawn_keeps_its_metrics(tmp_path, monkeypatch, uninterrupted):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    tiny = TinyRun(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "plot_curve", stop)
+        assert tiny.main() == 130
+    assert tiny.main() == 0 and tiny.results() == uninterrupted
 
 
 # --- what may go on, and what may not --------------------------------------------------------------------
