@@ -91,13 +91,13 @@ def held_out_interval(trained, tokens: np.ndarray) -> list[float]:
     document = np.concatenate([[0], np.cumsum(ends)[:-1]])  # of each token, its own end included
     losses, documents = [], []
     batches = [
-        train.sequential_batch_sampler(array, trained.device, 8, trained.config.seq_len, drop_last=False)
+        train.sequential_batch_sampler(array, trained.device, 1, trained.config.seq_len)
         for array in (tokens, document)
     ]
-    for input_ids, document_ids in zip(*batches, strict=True):
-        logits = trained.model(input_ids)[:, :-1]  # (B, S - 1, V)
-        losses.append(F.cross_entropy(logits.mT, input_ids[:, 1:], reduction="none").flatten())
-        documents.append(document_ids[:, 1:].flatten())
+    for input_ids, document_ids in zip(*batches, strict=True):  # one row each, whose logits are 50 MB
+        logits = trained.model(input_ids)[0, :-1]  # (S - 1, V)
+        losses.append(F.cross_entropy(logits, input_ids[0, 1:], reduction="none"))
+        documents.append(document_ids[0, 1:])
     documents = torch.cat(documents).numpy()
     sums, counts = np.bincount(documents, torch.cat(losses).numpy()), np.bincount(documents)
     drawn = np.random.default_rng(0).integers(len(sums), size=(N_RESAMPLES, len(sums)))
