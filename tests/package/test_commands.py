@@ -138,6 +138,25 @@ def test_classify_prints_both_accuracies_and_writes_the_chosen_predictions(insid
     assert calibrated["majority-share"] == pytest.approx(max(truth.mean(), 1 - truth.mean()))
 
 
+def test_classify_scores_in_slices_and_keeps_two_columns(inside, monkeypatch):
+    results = inside / "outputs/course/classification.json"
+    assert status(classify, "outputs/course/model.pt", "--limit", 30) == 0
+    whole = json.loads(results.read_text())
+    sizes = []
+
+    def counting_score(model, device, tokenizer, texts, batch_size):
+        sizes.append(len(texts))
+        return score(model, device, tokenizer, texts, batch_size)
+
+    score = classify.score
+    monkeypatch.setattr(classify, "score", counting_score)
+    monkeypatch.setattr(classify, "TEXTS_PER_SLICE", 12)
+    assert status(classify, "outputs/course/model.pt", "--limit", 30) == 0
+    assert sizes == [12, 12, 6]
+    sliced = json.loads(results.read_text())
+    assert sliced["p-positive"] == pytest.approx(whole["p-positive"], abs=1e-6)  # other batches, other rounding
+
+
 def test_evaluate_is_the_same_for_every_batch_size_and_writes_nothing(inside, capsys):
     before = sorted(path.name for path in inside.rglob("*"))
     losses = []
