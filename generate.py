@@ -188,16 +188,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_new_tokens", type=positive_int, default=32, metavar="N", help="(default: 32)")
     parser.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="0 = greedy (default)")
     parser.add_argument("--top_k", type=positive_int, metavar="K", help="sample from the K likeliest tokens only")
-    parser.add_argument(
-        "--top_p", type=probability_mass, metavar="P", help="sample from the likeliest tokens of mass P"
-    )
+    parser.add_argument("--top_p", type=probability_mass, metavar="P", help="sample from the likeliest of mass P")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    parser.add_argument(
-        "--num_samples", type=positive_int, default=1, metavar="N", help="texts per prefix (default: 1)"
-    )
-    parser.add_argument(
-        "--batch_size", type=positive_int, default=8, metavar="B", help="prompts at once (default: 8)"
-    )
+    parser.add_argument("--num_samples", type=positive_int, default=1, metavar="N", help="per prefix (default: 1)")
+    parser.add_argument("--batch_size", type=positive_int, default=8, metavar="B", help="at once (default: 8)")
     args = parser.parse_args(argv)
 
     with exit_on_user_error():

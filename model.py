@@ -67,8 +67,7 @@ class MultiHeadAttention(nn.Module):
         than keys (decoding with cached keys), the queries belong to the last S_q tokens.
 
         q (B, H, S_q, HD), kT (B, H, HD, S_k), v (B, H, S_k, HD) -> (B, S_q, D)
-        attention_mask (B, S_k): 1.0 = real token, 0.0 = padding. A query with no key to attend to gets
-        exactly 0 from every head.
+        attention_mask (B, S_k): 1.0 = real token, 0.0 = padding. A query that can see no key gets exactly 0.
         """
         S_q, S_k = q.shape[-2], kT.shape[-1]
         scores = (q * self.scale_factor) @ kT  # (B, H, S_q, S_k); scaling q is cheaper

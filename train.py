@@ -12,7 +12,6 @@ Shapes: B sequences in a batch, S tokens in each, V vocabulary size, N = B (S - 
 
 import argparse
 import math
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -35,9 +34,8 @@ def random_batch_sampler(
 ) -> Iterator[torch.Tensor]:
     """Yield (B, S) int64 batches of rows from random places in the corpus, without end.
 
-    Every start position, the last one included, is equally likely; starts are drawn from torch's global
-    generator. The corpus may be memory-mapped and of any integer type: only the rows drawn are read.
-    Raises ValueError if it is shorter than one row.
+    Every start position, the last one included, is equally likely (torch's global generator draws it). The
+    corpus may be memory-mapped: only the rows drawn are read. Raises ValueError if it has no full row.
     """
     tokens = tokens.cpu().numpy() if isinstance(tokens, torch.Tensor) else tokens
     n_starts = len(tokens) - seq_len + 1
@@ -120,16 +118,6 @@ class StepResult(NamedTuple):
     learning_rate: float
 
 
-def log_to_wandb(result: StepResult) -> bool:
-    """Log one step to the active W&B run. If that fails, warn and return False: training continues."""
-    try:
-        wandb.log({"train-loss": result.train_loss, "learning-rate": result.learning_rate}, step=result.step)
-    except Exception as error:
-        warnings.warn(f"W&B stopped logging at step {result.step} ({error})", stacklevel=2)
-        return False
-    return True
-
-
 def train(
     model: nn.Module,
     batch_sampler: Iterable[torch.Tensor],
@@ -150,14 +138,13 @@ def train(
     Each step sets lr_schedule(step), draws grad_accumulation_steps micro-batches (B, S) and updates the
     weights once with the gradient of their mean loss, clipped to norm grad_clip if given.
 
-    loss_fn maps input_ids to the model's loss (default: plain_loss). A resumed run passes start_step and, for
-    the running mean, previous_losses. on_step is called after each step. Raises FloatingPointError, before
+    loss_fn maps input_ids to the model's loss (default: plain_loss). on_step is called after each step. A
+    resumed run passes start_step and, for the running mean, previous_losses. Raises FloatingPointError, before
     the weights change, if the loss or the gradient is not finite.
     """
     loss_fn = loss_fn or partial(plain_loss, model)
     batches = iter(batch_sampler)
     recent_losses = deque(previous_losses, maxlen=RUNNING_MEAN_STEPS)
-    wandb_active = wandb.run is not None
     model.train()
     for step in range(start_step, num_training_steps):
         learning_rate = lr_schedule(step)
@@ -173,8 +160,7 @@ def train(
             (loss / grad_accumulation_steps).backward()
             losses.append(loss.detach())
 
-        max_norm = math.inf if grad_clip is None else grad_clip  # inf only measures the norm
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)  # inf only measures it
         # tolist() waits for the device, once per step: both numbers are fetched together.
         step_loss, grad_norm = torch.stack([torch.stack(losses).mean(), grad_norm]).tolist()
         if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):
@@ -184,11 +170,10 @@ def train(
 
         recent_losses.append(step_loss)
         train_loss = sum(recent_losses) / len(recent_losses)
-        result = StepResult(step, step_loss, train_loss, learning_rate)
-        if wandb_active:
-            wandb_active = log_to_wandb(result)
+        if wandb.run is not None:
+            wandb.log({"train-loss": train_loss, "learning-rate": learning_rate}, step=step)
         if on_step is not None:
-            on_step(result)
+            on_step(StepResult(step, step_loss, train_loss, learning_rate))
 
 
 def evaluate(
@@ -228,8 +213,7 @@ def training_flops(
     model: DecoderLM, num_training_steps: int, grad_accumulation_steps: int, batch_size: int, seq_len: int
 ) -> int:
     """FLOPs of a whole training run: FLOPs per token times the tokens trained on."""
-    n_tokens = num_training_steps * grad_accumulation_steps * batch_size * seq_len
-    return model.flops_per_token * n_tokens
+    return model.flops_per_token * num_training_steps * grad_accumulation_steps * batch_size * seq_len
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -248,22 +232,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Train, evaluate and save the model of a configuration; see the module's docstring."""
-    args = parse_arguments(argv)
-
     from generate import generate
     from support.checkpoint import load_weights
     from support.chunked_loss import loss_module
     from support.results import show_evaluation
-    from support.run import TrainingRun
+    from support.run import open_run
     from support.setup import open_setup
 
+    args = parse_arguments(argv)
     with open_setup(args.config, args.set, args.data, bool(args.evaluate)) as setup:
         c, corpus, tokenizer, device = setup.config, setup.corpus, setup.tokenizer, setup.device
         torch.manual_seed(c.seed)
         model = DecoderLM(tokenizer.n_vocab, **vars(c.model_config)).to(device)
         loss_fn = loss_module(model, device, c.compile)
         val_batches = sequential_batch_sampler(corpus.val, device, c.batch_size, c.seq_len, drop_last=False)
-
         if args.evaluate:
             load_weights(model, args.evaluate, c.model_config)
             show_evaluation(args.evaluate, setup, evaluate(model, val_batches, setup.autocast, loss_fn=loss_fn))
@@ -273,13 +255,8 @@ def main(argv: list[str] | None = None) -> None:
         optimizer = torch.optim.AdamW(
             model.parameters(), betas=(0.9, 0.95), weight_decay=c.weight_decay, fused=setup.hardware.fused
         )
-        flops = training_flops(
-            model, c.num_training_steps, c.grad_accumulation_steps, setup.global_batch_size, c.seq_len
-        )
         distributed_loss_fn = setup.distribute(loss_fn)
-        run = TrainingRun(setup, model, optimizer, flops)
-        run.show_header(f"train {args.config}")
-        with run.open(args.fresh, args.dry_run):
+        with open_run(setup, model, optimizer, args.fresh, args.dry_run) as run:
             train(
                 model,
                 train_batches,

@@ -50,7 +50,7 @@ GRADED = {
 GIVEN = {
     "model.py": {"DecoderLM.flops_per_token"},
     "train.py": {
-        *("RUNNING_MEAN_STEPS", "set_lr", "plain_loss", "StepResult", "log_to_wandb", "evaluate"),
+        *("RUNNING_MEAN_STEPS", "set_lr", "plain_loss", "StepResult", "evaluate"),
         *("training_flops", "parse_arguments", "main"),
     },
     "generate.py": {"keep_likely", "main"},

@@ -59,7 +59,7 @@ BACKWARD = "            (loss / grad_accumulation_steps).backward()\n"
 SET_LR = "        set_lr(optimizer, learning_rate)\n"
 STEP = "        optimizer.step()\n"
 RECENT = "deque(previous_losses, maxlen=RUNNING_MEAN_STEPS)"
-LOG = "        if wandb_active:\n            wandb_active = log_to_wandb(result)\n"
+LOG = "        if wandb.run is not None:\n"
 COSINE = "min_lr + (max_lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2"
 PROGRESS = "(t - num_warmup_steps) / (num_training_steps - num_warmup_steps)  #"
 
@@ -218,8 +218,8 @@ FAMILIES = {
         mistake("last micro-batch logged", "train", "torch.stack(losses).mean()", "losses[-1]"),
         mistake("mean over all steps logged", "train", RECENT, "deque(previous_losses)"),
         mistake("loss of the step alone logged", "train", RECENT, "deque(previous_losses, maxlen=1)"),
-        mistake("logged every tenth step", "train", "if wandb_active:", "if wandb_active and step % 10 == 0:"),
-        mistake("logged without asking for a run", "train", LOG, '        wandb.log({"train-loss": train_loss, "learning-rate": learning_rate}, step=step)\n'),
+        mistake("logged every tenth step", "train", "if wandb.run is not None:", "if wandb.run is not None and step % 10 == 0:"),
+        mistake("logged without asking for a run", "train", LOG, "        if True:\n"),
         mistake("left in evaluation mode", "train", "    model.train()\n", ""),
         mistake("put into evaluation mode", "train", "    model.train()\n", "    model.eval()\n"),
         mistake("autocast not used", "train", IN_AUTOCAST, IN_AUTOCAST.replace("autocast", "nullcontext()")),
@@ -324,13 +324,13 @@ FAMILIES = {
         mistake("loss_fn ignored", "extras of train", "loss_fn = loss_fn or partial(plain_loss, model)\n    batches", "loss_fn = partial(plain_loss, model)\n    batches"),
         mistake("loss_fn ignored", "evaluate", "loss_fn = loss_fn or partial(plain_loss, model)\n    total_loss", "loss_fn = partial(plain_loss, model)\n    total_loss"),
         mistake("loss_fn called outside autocast", "extras of train", IN_AUTOCAST, IN_AUTOCAST.replace("autocast", "nullcontext()")),
-        mistake("grad_clip ignored", "extras of train", "math.inf if grad_clip is None else grad_clip", "math.inf"),
+        mistake("grad_clip ignored", "extras of train", "grad_clip or math.inf", "math.inf"),
         mistake("grad_clip after each micro-batch", "extras of train", "            losses.append(loss.detach())\n", "            losses.append(loss.detach())\n            nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)\n"),
         mistake("numbers that are not finite accepted", "extras of train", "if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):", "if False:"),
         mistake("gradients that are not finite accepted", "extras of train", "if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):", "if not math.isfinite(step_loss):"),
         mistake("start_step ignored", "extras of train", "range(start_step, num_training_steps)", "range(num_training_steps)"),
         mistake("previous_losses ignored", "extras of train", "deque(previous_losses,", "deque((),"),
-        mistake("on_step not called", "extras of train", "            on_step(result)\n", "            pass\n"),
+        mistake("on_step not called", "extras of train", "            on_step(StepResult(step, step_loss, train_loss, learning_rate))\n", "            pass\n"),
         mistake("drop_last ignored", "extras of train", "if drop_last:", "if True:"),
         mistake("queries taken for the first tokens", "extras of model", CAUSAL, ".tril()"),
         mistake("a literal <|endoftext|> ends the text", "extras of generate", "tokenizer.encode_ordinary(text)", 'tokenizer.encode(text, allowed_special="all")'),
