@@ -24,15 +24,15 @@ from tempfile import TemporaryFile
 from typing import BinaryIO
 
 import numpy as np
+from numpy.lib import format as npy
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.errors import UserError, exit_on_user_error, require  # noqa: E402
 from support.files import atomic_file, write_atomically  # noqa: E402
-from support.hub import ask, reason  # noqa: E402
-from support.text import read_documents, read_jsonl, split_held_out, tokenise  # noqa: E402
-from support.token_files import write_runs  # noqa: E402
+from support.hub import HUB_SECONDS, reason  # noqa: E402
+from support.text import n_held_out, read_documents, read_jsonl, tokenise  # noqa: E402
 from support.tokenizer import get_tokenizer  # noqa: E402
 
 SEED = 42
@@ -45,7 +45,7 @@ def hub_records(name: str, config: str | None) -> Iterator[dict]:
 
     n_read = 0
     try:
-        ask(HfApi().dataset_info, name)  # a quick answer if there is no network
+        HfApi().dataset_info(name, timeout=HUB_SECONDS)  # a quick answer if there is no network
         import datasets
 
         for row in datasets.load_dataset(name, config, split="train", streaming=True):
@@ -119,6 +119,15 @@ def write_tokens(out: Path, spool: BinaryIO, runs: dict[str, np.ndarray]) -> Non
                 write_runs(files.enter_context(atomic_file(out / f"{split}.npy")), spool, runs[split])
 
 
+def write_runs(file: BinaryIO, spool: BinaryIO, runs: np.ndarray) -> None:
+    """Write parts of a file of bare uint16 tokens as one .npy; runs (n, 2) are their starts and ends."""
+    n_tokens = int((runs[:, 1] - runs[:, 0]).sum())
+    npy.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": (n_tokens,)})
+    for start, end in runs.tolist():
+        spool.seek(2 * start)
+        file.write(spool.read(2 * (end - start)))
+
+
 def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
@@ -174,7 +183,9 @@ def choose(arguments: argparse.Namespace, spool: BinaryIO) -> dict[str, np.ndarr
                 break
     require(len(lengths) > 0, f"{arguments.source}: no text found")
     if not n_train:
-        return split_held_out(np.array(lengths))
+        total = sum(lengths)
+        end = total - n_held_out(total)
+        return {"train": np.array([(0, end)]), "val": np.array([(end, total)])}
     order = array("q", range(len(lengths)))
     if not streamed:
         random.Random(SEED).shuffle(order)

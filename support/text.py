@@ -1,4 +1,4 @@
-"""From text to tokens: files of any size are read, tokenised and split, one document at a time."""
+"""From text to tokens: files of any size are read and tokenised, one document at a time."""
 
 import gzip
 import io
@@ -72,22 +72,6 @@ def tokenise(documents: Iterable[str], tokenizer: Encoding, file: BinaryIO) -> I
             yield len(tokens)
 
 
-def split_held_out(lengths: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
-    """Split documents of these lengths: the starts and ends, (n, 2), of the tokens in `train` and in `val`.
-
-    val gets 1% of the tokens, but at least 65,536 or 10%, whichever is smaller. It consists of whole random
-    documents, together at most half of all tokens. If that leaves too few, as in a single text, it is the end of
-    the text.
-    """
-    ends = np.cumsum(lengths)
-    total = int(ends[-1])
-    target = max(-(-total // 100), min(65_536, -(-total // 10)))
-    held_out, n_held_out = np.zeros(len(lengths), dtype=bool), 0
-    for document in np.random.default_rng(seed).permutation(len(lengths)):
-        if n_held_out < target and n_held_out + lengths[document] <= total // 2:
-            held_out[document] = True
-            n_held_out += lengths[document]
-    if n_held_out < target:
-        return {"train": np.array([(0, total - target)]), "val": np.array([(total - target, total)])}
-    runs = np.stack([ends - lengths, ends], axis=1)
-    return {"train": runs[~held_out], "val": runs[held_out]}
+def n_held_out(n_tokens: int) -> int:
+    """How many of a text's tokens, its last ones, are held out: 1%, but at least 65,536 or 10%, the smaller."""
+    return max(-(-n_tokens // 100), min(65_536, -(-n_tokens // 10)))

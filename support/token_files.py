@@ -1,8 +1,8 @@
 """Token files: the splits `train` and `val`, 1-D integer arrays, in one .npz or as .npy files in a folder.
 
-A folder is memory-mapped, so its size affects neither the start nor the memory of a run. Texts and large .npz
-files are converted once to such a folder, `<name>.tokens` beside the file. The file source.json in it, written
-last, says what it was made of: a changed source or a killed conversion is converted again.
+An .npz is loaded; a folder is memory-mapped, so its size affects neither the start nor the memory of a run. A text
+is converted once to such a folder, `<name>.tokens` beside the file. The file source.json in it, written last, says
+what it was made of: a changed source or a killed conversion is converted again.
 """
 
 import json
@@ -10,19 +10,17 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
 
 from support.errors import UserError, first_line, require
 from support.files import atomic_file, write_atomically, zip_problem
-from support.text import read_documents, split_held_out, tokenise
+from support.text import n_held_out, read_documents, tokenise
 from support.tokenizer import get_tokenizer
 
 SPLITS = ("train", "val")
-LARGE = 1 << 24  # tokens; an .npz that has more is converted to a folder
-FORMAT = 4  # raise it when the split or the tokenisation changes: texts are then converted again
+FORMAT = 5  # raise it when the split or the tokenisation changes: texts are then converted again
 REMEDY = "download it again or build it with data/prepare.py"
 
 
@@ -34,21 +32,13 @@ def read_tokens(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
     """
     if path.is_dir():
         return _read_folder(path, n_vocab)
+    if path.suffix == ".npz":
+        return _read_npz(path, n_vocab)
     folder = path.with_name(f"{path.name}.tokens")
     facts, note = path.stat(), folder / "source.json"
     source = json.dumps({"format": FORMAT, "bytes": facts.st_size, "modified_ns": facts.st_mtime_ns}) + "\n"
     if not note.exists() or note.read_text(errors="replace") != source:
-        if path.suffix == ".npz":
-            train, val = _read_npz(path, n_vocab)
-            if len(train) + len(val) < LARGE:
-                return train, val
-            print(f"{path} is large: converting it once to {folder}, which can be memory-mapped.", flush=True)
-            folder.mkdir(exist_ok=True)
-            for split, tokens in zip(SPLITS, (train, val), strict=True):
-                with atomic_file(folder / f"{split}.npy") as file:
-                    np.save(file, tokens.astype(np.uint16, copy=False))
-        else:
-            _tokenise_text(path, folder)
+        _tokenise_text(path, folder)
         write_atomically(note, source)
     return _read_folder(folder, n_vocab)
 
@@ -106,18 +96,11 @@ def _check_tokens(tokens: np.ndarray, where: str, n_vocab: int) -> None:
 
 def _tokenise_text(path: Path, folder: Path) -> None:
     with TemporaryFile(dir=folder.parent) as spool:
-        lengths = np.array([*tokenise(read_documents(path), get_tokenizer(), spool)])
-        require(len(lengths) > 0, f"{path}: contains no text to train on; give a file with text")
+        n_tokens = sum(tokenise(read_documents(path), get_tokenizer(), spool))
+        require(n_tokens > 0, f"{path}: contains no text to train on; give a file with text")
+        spool.flush()
+        tokens = np.memmap(spool, dtype="<u2", mode="r")
         folder.mkdir(exist_ok=True)
-        for split, runs in split_held_out(lengths).items():
+        for split, part in zip(SPLITS, np.split(tokens, [n_tokens - n_held_out(n_tokens)]), strict=True):
             with atomic_file(folder / f"{split}.npy") as file:
-                write_runs(file, spool, runs)
-
-
-def write_runs(file: BinaryIO, spool: BinaryIO, runs: np.ndarray) -> None:
-    """Write parts of a file of bare uint16 tokens as one .npy; runs (n, 2) are their starts and ends."""
-    n_tokens = int((runs[:, 1] - runs[:, 0]).sum())
-    npy.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": (n_tokens,)})
-    for start, end in runs.tolist():
-        spool.seek(2 * start)
-        file.write(spool.read(2 * (end - start)))
+                np.save(file, part)

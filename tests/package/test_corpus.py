@@ -15,10 +15,11 @@ import pytest
 
 from support import corpus as corpus_module
 from support import hub, token_files
-from support.corpus import DATA, Corpus, load_corpus, unigram_entropy
+from support.corpus import Corpus, load_corpus, unigram_entropy
 from support.errors import UserError
+from support.paths import DATA
 from support.state import fingerprint
-from support.text import read_documents, split_held_out, tokenise
+from support.text import n_held_out, read_documents, tokenise
 from support.token_files import evenly_spaced
 from support.tokenizer import get_tokenizer
 
@@ -67,15 +68,12 @@ def test_the_courses_token_file_is_taken_when_it_is_there(monkeypatch, tmp_path,
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int64", ">i4", "uint64"])
-@pytest.mark.parametrize("large", [False, True])
-def test_tokens_of_any_integer_type_are_read_and_never_widened(tmp_path, monkeypatch, dtype, large):
-    if large:
-        monkeypatch.setattr(token_files, "LARGE", 1)
+def test_tokens_of_any_integer_type_are_read_and_never_widened(tmp_path, dtype):
     tokens = np.array([0, 7, 50256, 300], dtype=dtype)
     np.savez_compressed(tmp_path / "t.npz", train=tokens, val=tokens[:2])
     corpus = load_corpus(str(tmp_path / "t.npz"), N_VOCAB)
     assert (corpus.train.tolist(), corpus.val.tolist()) == ([0, 7, 50256, 300], [0, 7])
-    assert corpus.train.itemsize == (2 if large else tokens.itemsize)
+    assert corpus.train.itemsize == tokens.itemsize
 
 
 # --- token folders ------------------------------------------------------------------------------------------
@@ -132,50 +130,6 @@ def test_truncated_folder_is_refused(token_folder):
         load_corpus(str(token_folder), N_VOCAB)
 
 
-# --- large .npz files ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def large_token_file(token_file, monkeypatch):
-    """The token file, treated as one that is too large to be loaded at every start."""
-    monkeypatch.setattr(token_files, "LARGE", 100)
-    return token_file
-
-
-def test_large_npz_is_converted_once(large_token_file, capsys, monkeypatch):
-    first = load_corpus(str(large_token_file), N_VOCAB)
-    assert isinstance(first.train, np.memmap) and first.train.dtype == np.uint16
-    assert (first.train.tolist(), first.val.tolist()) == ([*range(500)], [*range(70)])
-    assert "converting it once" in capsys.readouterr().out
-    with monkeypatch.context() as patch:
-        patch.setattr(token_files, "_read_npz", lambda *_: pytest.fail("converted again"))
-        assert np.array_equal(load_corpus(str(large_token_file), N_VOCAB).train, first.train)
-    np.savez(large_token_file, train=np.arange(9, 609), val=np.arange(70))
-    assert load_corpus(str(large_token_file), N_VOCAB).train.tolist() == [*range(9, 609)], "the former tokens"
-
-
-def test_killed_conversion_is_repeated(large_token_file, monkeypatch):
-    def killed(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(token_files, "write_atomically", killed)
-        with pytest.raises(KeyboardInterrupt):
-            load_corpus(str(large_token_file), N_VOCAB)
-    (large_token_file.parent / "tokens.npz.tokens" / "train.npy").write_bytes(b"half")
-    assert load_corpus(str(large_token_file), N_VOCAB).train.tolist() == [*range(500)]
-
-
-@pytest.mark.parametrize("dtype", [np.uint16, np.int64])
-def test_large_npz_with_a_foreign_id_is_refused_and_leaves_nothing(large_token_file, dtype):
-    tokens = np.arange(500).astype(dtype)
-    tokens[400] = 50257
-    np.savez(large_token_file, train=tokens, val=tokens[:70])
-    with pytest.raises(UserError, match="'train' contains the token id 50257"):
-        load_corpus(str(large_token_file), N_VOCAB)
-    assert [path.name for path in large_token_file.parent.iterdir()] == ["tokens.npz"]
-
-
 # --- text to tokens -----------------------------------------------------------------------------------------
 
 
@@ -193,14 +147,12 @@ def test_documents_of_a_text_keep_every_character(tmp_path):
     assert lengths == [len(encode(text)) + 1 for text in texts]
 
 
-def test_text_file_splits_at_literal_end_of_text_and_holds_out_whole_documents(tmp_path):
+def test_text_file_splits_at_literal_end_of_text(tmp_path):
     path = tmp_path / "tales.txt"
     texts = [f"Tale {i}: once upon a time there were {i} mice." for i in range(40)]
     path.write_text("<|endoftext|>".join([*texts, "\n"]))  # the blank rest is not a document
     corpus = load_corpus(str(path), N_VOCAB)
-    train, val = documents_in(corpus.train), documents_in(corpus.val)
-    assert sorted(train + val) == sorted(texts)
-    assert len(val) == 4, "10% of a small corpus is held out"
+    assert documents_in(np.concatenate([corpus.train, corpus.val])) == texts
 
 
 def test_single_text_holds_out_its_last_part(tmp_path):
@@ -225,27 +177,10 @@ def test_jsonl_keeps_a_literal_end_of_text_as_characters(tmp_path, name):
     assert sorted(d.tolist() for d in documents) == sorted([*encode(text), EOT] for text in texts)
 
 
-@pytest.mark.parametrize(
-    ("n_documents", "length", "target"),
-    [
-        (1000, 50, 5_000),  # 10% of a small corpus
-        (2000, 1000, 65_536),  # 65,536 of a middling one
-        (1000, 10_000, 100_000),  # 1% of a large one
-        (3, 100, 30),  # whole documents even where one is more than twice the amount
-    ],
-)
-def test_held_out_amount(n_documents, length, target):
-    tokens = np.repeat(np.arange(n_documents, dtype=np.uint16), length)
-    runs = split_held_out(np.full(n_documents, length))
-    train, val = (np.concatenate([tokens[start:end] for start, end in runs[key]]) for key in ("train", "val"))
-    assert target <= len(val) < target + length
-    assert not set(np.unique(train)) & set(np.unique(val)), "a document is in both splits"
-    assert len(train) + len(val) == len(tokens)
-
-
-def test_one_huge_document_among_small_ones_never_starves_training():
-    runs = split_held_out(np.array([99_000, 400, 600]))
-    assert {key: run.tolist() for key, run in runs.items()} == {"train": [[0, 90_000]], "val": [[90_000, 100_000]]}
+def test_held_out_amount():
+    assert n_held_out(50_000) == 5_000, "10% of a small corpus"
+    assert n_held_out(2_000_000) == 65_536, "65,536 tokens of a middling one"
+    assert n_held_out(10_000_000) == 100_000, "1% of a large one"
 
 
 # --- tokens of a text are kept ------------------------------------------------------------------------------
