@@ -16,9 +16,9 @@ from data.build import HELD_OUT, SAMPLE
 from generate import encode_prompt, generate, softmax_with_temperature
 from support.checkpoint import load_trained_model, to_bytes
 from support.chunked_loss import ChunkedLanguageModelingLoss
+from support.classification import area_under_roc
 from support.config import dump_config
 from support.files import write_atomically, write_together
-from support.metrics import area_under_roc
 from support.prefixes import read_prefixes
 from support.reviews import load_reviews
 

@@ -15,10 +15,10 @@ from support.config import ModelConfig, TrainingConfig, load_config
 from support.errors import UserError, first_line, is_out_of_memory, require
 from support.files import zip_problem
 from support.hardware import Hardware, choose_hardware
+from support.paths import ROOT
 from support.screen import count
 from support.tokenizer import get_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 WRAPPERS = re.compile(r"^((_orig_mod|module)\.)+")  # prefixes that torch.compile and DistributedDataParallel add
 RETRY = "copy it again or retrain the model"
 

@@ -4,12 +4,23 @@ import numpy as np
 
 from support.checkpoint import TrainedModel
 from support.files import json_text, write_atomically
-from support.metrics import area_under_roc
 from support.plots import plot_classification
 from support.reviews import Reviews
 from support.screen import bold, heading, next_commands, show_facts, show_note
 
 KINDS = ("without calibration", "with calibration")
+
+
+def area_under_roc(p: np.ndarray, labels: np.ndarray) -> float:
+    """The probability that a random positive has a larger p than a random negative; ties count half.
+
+    p and labels (0 or 1) have shape (N,). NaN if a class is missing. This is the Mann-Whitney statistic.
+    """
+    positive, negative = p[labels == 1], np.sort(p[labels == 0])
+    if not (len(positive) and len(negative)):
+        return float("nan")
+    smaller, not_larger = (np.searchsorted(negative, positive, side) for side in ("left", "right"))
+    return float((smaller + not_larger).mean() / (2 * len(negative)))
 
 
 def show_classification_header(

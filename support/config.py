@@ -183,14 +183,3 @@ def _check_values(c: TrainingConfig, path: str) -> None:
     }
     for rule, holds in rules.items():
         require(holds, f"{path}: {rule}")
-
-
-def memory_advice(c: TrainingConfig) -> str:
-    """What fills the memory, and the smallest change that needs less and leaves the mathematics unchanged."""
-    m, batch_size = c.model_config, c.batch_size
-    sizes = f"batch_size {batch_size} × seq_len {c.seq_len} × n_embd {m.n_embd} × n_layer {m.n_layer}"
-    if batch_size == 1:
-        return f"{sizes} does not fit; make one of the others smaller"
-    factor = next(k for k in range(2, batch_size + 1) if batch_size % k == 0)
-    remedy = f"batch_size={batch_size // factor} grad_accumulation_steps={c.grad_accumulation_steps * factor}"
-    return f"{sizes} does not fit; use --set {remedy}, which gives the same result"

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from support.errors import require
-from support.hub import DATA, Unavailable, hub_file
+from support.hub import Unavailable, hub_file
+from support.paths import DATA
 from support.token_files import evenly_spaced, read_tokens
 
 C4 = ("yimingzhang/llms-hw2", "tokens.npz")  # the course's dataset repository on the Hugging Face Hub, its file

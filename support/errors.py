@@ -4,7 +4,7 @@ import re
 import sys
 from contextlib import contextmanager
 
-from support.streams import make_output_fail_safe
+from support.screen import make_output_fail_safe
 
 
 class UserError(Exception):
@@ -47,13 +47,13 @@ def exit_on_user_error():
 
 
 def as_user_error(
-    error: Exception, memory_advice: str = ": use a smaller model or batch_size"
+    error: Exception, memory_remedy: str = ": use a smaller model or batch_size"
 ) -> UserError | None:
     """The error as a message for the user, or None if it is a bug, which needs its traceback."""
     if isinstance(error, UserError):
         return error
     if is_out_of_memory(error):
-        return RunStopped(f"out of memory{memory_advice} ({first_line(error)})")
+        return RunStopped(f"out of memory{memory_remedy} ({first_line(error)})")
     if isinstance(error, OSError):
         problem = f"{error.filename or 'a file'}: {error.strerror or first_line(error)}"
         return RunStopped(f"{problem}; free some disk space or fix the file, then retry")

@@ -6,17 +6,14 @@ mirror) and HF_HUB_OFFLINE=1 (no network).
 
 import os
 import shutil
-from collections.abc import Callable
-from concurrent.futures import TimeoutError
 from pathlib import Path
 
 from filelock import FileLock
 
-from support.background import in_background
 from support.errors import first_line
+from support.paths import DATA
 
-DATA = Path(__file__).resolve().parent.parent / "data"
-PATIENCE_SECONDS = 8
+HUB_SECONDS = 8  # to wait for the Hub's first answer
 
 
 class Unavailable(Exception):
@@ -29,12 +26,11 @@ def hub_file(repo: str, filename: str, name: str) -> Path:
     Raises Unavailable, and then no file has changed.
     """
     target = DATA / name
-    if target.exists():
-        return target
-    try:
-        _download(repo, filename, target)
-    except Exception as error:  # a broken connection, a full disk: the client raises dozens of types
-        raise Unavailable(reason(error)) from None
+    if not target.exists():
+        try:
+            _download(repo, filename, target)
+        except Exception as error:  # a broken connection, a full disk: the client raises dozens of types
+            raise Unavailable(reason(error)) from None
     return target
 
 
@@ -45,7 +41,7 @@ def _download(repo: str, filename: str, target: Path) -> None:
     # The files are public, and an expired token would be refused: token=False.
     url = hf_hub_url(repo, filename, repo_type="dataset")
     print(f"{target.name} is not in data/: asking the Hugging Face Hub for it.", flush=True)
-    facts = ask(get_hf_file_metadata, url, token=False)
+    facts = get_hf_file_metadata(url, token=False, timeout=HUB_SECONDS)
     if facts.commit_hash is None or facts.size is None:
         raise Unavailable("got a web page instead of the Hub; is there a captive portal?")
     with FileLock(target.with_name(f".{target.name}.lock")):
@@ -57,18 +53,6 @@ def _download(repo: str, filename: str, target: Path) -> None:
         os.replace(path, target)
         shutil.rmtree(staging)
         print(f"Saved to {target}.", flush=True)
-
-
-def ask(question: Callable, *args, **options):
-    """`question(*args, **options)`, a call of the Hub's client; Unavailable if it takes too long."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        raise Unavailable("HF_HUB_OFFLINE is set")
-    try:  # in a thread, because no timeout of an HTTP client limits the name look-up
-        return in_background(lambda: question(*args, **options)).result(PATIENCE_SECONDS)
-    except TimeoutError:
-        raise Unavailable(f"no answer within {PATIENCE_SECONDS} seconds") from None
 
 
 def reason(error: Exception) -> str:

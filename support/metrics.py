@@ -1,4 +1,4 @@
-"""metrics.csv, one row per training step, and the area under a ROC curve."""
+"""metrics.csv: one row per training step."""
 
 import os
 from contextlib import suppress
@@ -45,15 +45,3 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
     """The columns of a metrics.csv by name, one float per step."""
     rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
     return dict(zip(COLUMNS, np.array(rows, dtype=float).reshape(-1, len(COLUMNS)).T, strict=True))
-
-
-def area_under_roc(p: np.ndarray, labels: np.ndarray) -> float:
-    """The probability that a random positive has a larger p than a random negative; ties count half.
-
-    p and labels (0 or 1) have shape (N,). NaN if a class is missing. This is the Mann-Whitney statistic.
-    """
-    positive, negative = p[labels == 1], np.sort(p[labels == 0])
-    if not (len(positive) and len(negative)):
-        return float("nan")
-    smaller, not_larger = (np.searchsorted(negative, positive, side) for side in ("left", "right"))
-    return float((smaller + not_larger).mean() / (2 * len(negative)))

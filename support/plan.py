@@ -1,37 +1,35 @@
-"""What a training run shows: the header before it, the progress bar during it, its speed."""
+"""The plan of a training run: its size and cost, what is printed before it, and the progress bar during it."""
 
 import math
 import sys
-from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from tqdm import tqdm
 
 from support.corpus import unigram_entropy
 from support.hardware import matrix_product_rate
 from support.screen import count, duration, heading, show_facts, show_note
 from support.setup import Setup
-from train import StepResult
+from train import StepResult, training_flops
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """The numbers of a training run that are known before it starts."""
+class TrainingPlan:
+    """The numbers of a training run that are known before it starts.
 
-    setup: Setup
-    n_vocab: int
-    n_parameters: int
-    flops: int  # of the whole run
+    `flops` is the FLOPs of the whole run, `flops_per_step` of one step of all processes. `ln_vocab` is the loss of
+    a uniform guess, in nats.
+    """
 
-    @property
-    def flops_per_step(self) -> int:
-        """FLOPs of one step of all processes."""
-        return self.flops // self.setup.config.num_training_steps
-
-    @property
-    def ln_vocab(self) -> float:
-        """The loss of a uniform guess, in nats."""
-        return math.log(self.n_vocab)
+    def __init__(self, setup: Setup, model: torch.nn.Module):
+        c = setup.config
+        self.setup, self.n_vocab = setup, model.n_vocab
+        self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.flops_per_step = training_flops(
+            model, 1, c.grad_accumulation_steps, setup.global_batch_size, c.seq_len
+        )
+        self.flops = c.num_training_steps * self.flops_per_step
+        self.ln_vocab = math.log(model.n_vocab)
 
     @cached_property
     def unigram_entropy(self) -> float:
@@ -56,10 +54,10 @@ class RunFacts:
         )
 
 
-def show_run_header(title: str, facts: RunFacts) -> None:
+def show_plan(plan: TrainingPlan) -> None:
     """Print what will be trained, on what, and what it costs."""
-    setup, corpus, c = facts.setup, facts.setup.corpus, facts.setup.config
-    heading(title)
+    setup, corpus, c = plan.setup, plan.setup.corpus, plan.setup.config
+    heading(f"train {c.output_dir}")
     if corpus.note:
         show_note(corpus.note)
     n_tokens = setup.tokens_per_step * c.num_training_steps
@@ -67,25 +65,25 @@ def show_run_header(title: str, facts: RunFacts) -> None:
     show_facts(
         {
             "device": f"{setup.hardware}{processes}",
-            "model": f"{count(facts.n_parameters, 'parameters')}, model.pt {facts.n_parameters * 4 / 1e6:.1f} MB",
+            "model": f"{count(plan.n_parameters, 'parameters')}, model.pt {plan.n_parameters * 4 / 1e6:.1f} MB",
             "data": f"{corpus.name}: {count(len(corpus.train), 'tokens')} to train on, "
             f"{count(len(corpus.val), 'tokens')} held out",
             "training": f"{c.num_training_steps} steps of {setup.tokens_per_step} tokens = "
             f"{count(n_tokens, 'tokens')} ({n_tokens / len(corpus.train):.2g} times the data)",
-            "compute": f"{facts.flops:.3g} FLOPs: {facts.flops / 1e15:.1%} of the course's 1e15, "
-            f"{facts.flops / 1e17:.2%} of 1e17",
-            "ln V": f"{facts.ln_vocab:.3f} nats, the loss of a uniform guess",
-            "unigrams": f"{facts.unigram_entropy:.3f} nats, the loss of a guess that knows only word frequencies",
+            "compute": f"{plan.flops:.3g} FLOPs: {plan.flops / 1e15:.1%} of the course's 1e15, "
+            f"{plan.flops / 1e17:.2%} of 1e17",
+            "ln V": f"{plan.ln_vocab:.3f} nats, the loss of a uniform guess",
+            "unigrams": f"{plan.unigram_entropy:.3f} nats, the loss of a guess that knows only word frequencies",
         }
     )
 
 
-class ProgressDisplay:
-    """A progress bar on a terminal; elsewhere about twenty lines in all. Shows nothing if disabled."""
+class ProgressBar:
+    """A bar on a terminal; elsewhere about twenty lines in all. Shows nothing if disabled."""
 
-    def __init__(self, facts: RunFacts, start_step: int, enabled: bool):
-        self.facts, self.enabled, self.start_step = facts, enabled, start_step
-        self.total = facts.setup.config.num_training_steps
+    def __init__(self, plan: TrainingPlan, start_step: int, enabled: bool):
+        self.plan, self.enabled, self.start_step = plan, enabled, start_step
+        self.total = plan.setup.config.num_training_steps
         self.bar = tqdm(
             total=self.total,
             initial=start_step,
@@ -100,8 +98,8 @@ class ProgressDisplay:
         seconds_per_step = seconds / (done - self.start_step)
         text = (
             f"loss {result.train_loss:.3f}  lr {result.learning_rate:.2e}  "
-            f"{self.facts.setup.tokens_per_step / seconds_per_step:,.0f} tok/s  "
-            f"{self.facts.flops_per_step / seconds_per_step / 1e12:.3f} TFLOPS"
+            f"{self.plan.setup.tokens_per_step / seconds_per_step:,.0f} tok/s  "
+            f"{self.plan.flops_per_step / seconds_per_step / 1e12:.3f} TFLOPS"
         )
         if not self.bar.disable:
             self.bar.set_postfix_str(text, refresh=False)

@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 
 from support.errors import UserError, require
-
-BUNDLED = Path(__file__).resolve().parent.parent / "prefixs.json"
+from support.paths import ROOT
 
 
 def read_prefixes(path: str | None) -> list[str]:
     """The prefixes in file order (None: of prefixs.json). UserError names the entry or line that is wrong."""
-    where = path = path or BUNDLED
+    where = path = path or ROOT / "prefixs.json"
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):

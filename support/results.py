@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from support.checkpoint import ROOT, to_bytes
+from support.checkpoint import to_bytes
 from support.config import dump_config, load_config
 from support.files import json_text, write_together
 from support.hardware import peak_memory_mib
+from support.paths import ROOT
+from support.plan import TrainingPlan
 from support.plots import plot_curve
-from support.progress import RunFacts
 from support.run_folder import RESULTS, WORKING_METRICS
 from support.screen import bold, duration, heading, next_commands, show_facts, show_note, show_text
 from support.setup import Setup
@@ -21,31 +22,32 @@ SAMPLE_PROMPT = "The city"
 EXPECTED_VAL_LOSS = {"smoke": 7.69, "GPT-tiny": 6.88}  # shipped configurations on the bundled sample
 
 
-def write_results(
-    folder: Path, facts: RunFacts, model: torch.nn.Module, result: dict[str, float], seconds: float
-) -> dict[str, str]:
-    """Write model.pt, config.yaml, eval.json, run.json, metrics.csv and curve.png; return facts to print.
-
-    `result` comes from `evaluate`; the run has trained for `seconds`. May raise OSError; the former results
-    are then unchanged.
-    """
-    setup, c = facts.setup, facts.setup.config
-    seconds_per_step = seconds / c.num_training_steps
-    n_predictions = setup.corpus.n_predictions(c.seq_len)
-    peak = peak_memory_mib(setup.device)
-    measured = {
+def measurements(plan: TrainingPlan, seconds: float) -> dict:
+    """What goes into run.json about a run that has trained for `seconds`."""
+    hardware = plan.setup.hardware
+    return {
         "seconds": seconds,
-        "tokens-per-second": setup.tokens_per_step / seconds_per_step,
-        "tflops": facts.flops / seconds / 1e12,
-        "matrix-product-tflops": facts.peak_flops_per_second / 1e12,
-        "peak-memory-mib": peak,
-        "flops": facts.flops,
-        "device": setup.hardware.name,
-        "dtype": str(setup.hardware.dtype),
+        "tokens-per-second": plan.setup.tokens_per_step * plan.setup.config.num_training_steps / seconds,
+        "tflops": plan.flops / seconds / 1e12,
+        "matrix-product-tflops": plan.peak_flops_per_second / 1e12,
+        "peak-memory-mib": peak_memory_mib(hardware.device),
+        "flops": plan.flops,
+        "device": hardware.name,
+        "dtype": str(hardware.dtype),
         "allocator": os.environ.get("LD_PRELOAD") or "system default",  # it decides much of the speed on a CPU
         "torch": torch.__version__,
     }
-    evaluation = {**result, "tokens-predicted": n_predictions, "seq_len": c.seq_len}
+
+
+def write_results(
+    folder: Path, plan: TrainingPlan, model: torch.nn.Module, result: dict[str, float], measured: dict
+) -> None:
+    """Write model.pt, config.yaml, eval.json, run.json, metrics.csv and curve.png.
+
+    `result` comes from `evaluate`. May raise OSError; the former results are then unchanged.
+    """
+    corpus, c = plan.setup.corpus, plan.setup.config
+    evaluation = {**result, "tokens-predicted": corpus.n_predictions(c.seq_len), "seq_len": c.seq_len}
     weights = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
     write_together(
         {
@@ -56,24 +58,46 @@ def write_results(
             folder / "metrics.csv": (folder / WORKING_METRICS).read_bytes(),
         }
     )
-    title = f"{folder.name} on {setup.corpus.name}"
-    levels = (result["val-loss"], facts.ln_vocab, facts.unigram_entropy)
+    title = f"{folder.name} on {corpus.name}"
+    levels = (result["val-loss"], plan.ln_vocab, plan.unigram_entropy)
     plot_curve(folder / "metrics.csv", *levels, title, folder / "curve.png")
-    return {
-        "trained": f"{c.num_training_steps} steps in {duration(seconds)}, {facts.speed(seconds_per_step)}",
-        "memory": f"{peak:.0f} MiB at the peak",
-        "evaluated": f"{n_predictions:,} predicted tokens, seq_len {c.seq_len}",
-        "written": f"{folder}/ {', '.join(RESULTS)}",
-    }
 
 
-def show_results(folder: Path, facts: RunFacts, result: dict[str, float], written: dict[str, str]) -> None:
+def show_results(folder: Path, plan: TrainingPlan, result: dict[str, float], measured: dict) -> None:
     """Print the loss, what it means, and how it was reached."""
+    c, seconds = plan.setup.config, measured["seconds"]
+    n_predictions = plan.setup.corpus.n_predictions(c.seq_len)
     heading("result")
-    val_loss, perplexity = result["val-loss"], result["val-perplexity"]
-    print("  " + bold(f"validation loss {val_loss:.3f} nats, perplexity {perplexity:.1f}"))
-    print(f"  {_meaning(folder, facts, val_loss)}\n")
-    show_facts(written)
+    print("  " + bold(f"validation loss {result['val-loss']:.3f} nats, perplexity {result['val-perplexity']:.1f}"))
+    print(f"  {_meaning(folder, plan, result['val-loss'])}\n")
+    show_facts(
+        {
+            "trained": f"{c.num_training_steps} steps in {duration(seconds)}, "
+            f"{plan.speed(seconds / c.num_training_steps)}",
+            "memory": f"{measured['peak-memory-mib']:.0f} MiB at the peak",
+            "evaluated": f"{n_predictions:,} predicted tokens, seq_len {c.seq_len}",
+            "written": f"{folder}/ {', '.join(RESULTS)}",
+        }
+    )
+
+
+def _meaning(folder: Path, plan: TrainingPlan, val_loss: float) -> str:
+    """Compare the loss with two simple guesses, and with what this configuration should reach."""
+    if not math.isfinite(val_loss):
+        return "The loss is not finite: the run diverged; lower max_lr or lengthen the warm-up."
+    below_uniform, below_unigrams = plan.ln_vocab - val_loss, plan.unigram_entropy - val_loss
+    text = f"{below_uniform:.2f} below a uniform guess"
+    if below_uniform <= 0:
+        text = "No better than a uniform guess: nothing was learned."
+    elif below_unigrams <= 0:
+        text += ", not yet below word frequencies alone: train longer or with a higher max_lr."
+    else:
+        text += f" and {below_unigrams:.2f} below word frequencies alone: the model is using context."
+    if folder.name in EXPECTED_VAL_LOSS and plan.setup.corpus.is_sample:
+        shipped = load_config(str(ROOT / "configs" / f"{folder.name}.yaml"))
+        if not plan.setup.config.differing(shipped.flat()):
+            text += f" Expected for this configuration: about {EXPECTED_VAL_LOSS[folder.name]:.2f}."
+    return text
 
 
 def show_sample(checkpoint: Path, generate: Callable[[str], str]) -> None:
@@ -86,26 +110,6 @@ def show_sample(checkpoint: Path, generate: Callable[[str], str]) -> None:
         f"python generate.py --prefixes prefixs.json --checkpoint {checkpoint}",
         f"python classify.py {checkpoint}",
     )
-
-
-def _meaning(folder: Path, facts: RunFacts, val_loss: float) -> str:
-    """Compare the loss with two simple guesses, and with what this configuration should reach."""
-    if not math.isfinite(val_loss):
-        return "The loss is not finite: the run diverged; lower max_lr or lengthen the warm-up."
-    below_uniform, below_unigrams = facts.ln_vocab - val_loss, facts.unigram_entropy - val_loss
-    text = f"{below_uniform:.2f} below a uniform guess"
-    if below_uniform <= 0:
-        text = "No better than a uniform guess: nothing was learned."
-    elif below_unigrams <= 0:
-        text += ", not yet below word frequencies alone: train longer or with a higher max_lr."
-    else:
-        text += f" and {below_unigrams:.2f} below word frequencies alone: the model is using context."
-    corpus, config = facts.setup.corpus, facts.setup.config
-    if folder.name in EXPECTED_VAL_LOSS and corpus.is_sample:
-        shipped = load_config(str(ROOT / "configs" / f"{folder.name}.yaml"))
-        if not config.differing(shipped.flat()):
-            text += f" Expected for this configuration: about {EXPECTED_VAL_LOSS[folder.name]:.2f}."
-    return text
 
 
 def show_evaluation(checkpoint: str, setup: Setup, result: dict[str, float]) -> None:

@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 
 from support.errors import UserError, first_line, require
-from support.hub import DATA, Unavailable, hub_file
+from support.hub import Unavailable, hub_file
+from support.paths import DATA
 from support.text import read_jsonl
 
 # The dataset repository on the Hugging Face Hub, and the one file of its test split.

@@ -1,65 +1,45 @@
-"""What the commands print: a header with the facts, texts, and the next command to type.
+"""What the commands print: facts, notes, texts, and the next command to type."""
 
-Colour goes to terminals only, and not where NO_COLOR is set (https://no-color.org).
-"""
-
+import io
 import os
-import shutil
 import sys
-import textwrap
 
-
-def _style(code: str, text: str) -> str:
-    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
-    return text if plain else f"\033[{code}m{text}\033[0m"
+from tqdm import tqdm
 
 
 def bold(text: str) -> str:
-    """The text in bold type on a terminal."""
-    return _style("1", text)
-
-
-def dim(text: str) -> str:
-    """The text in faint type on a terminal."""
-    return _style("2", text)
-
-
-def _width() -> int:
-    return min(shutil.get_terminal_size((100, 24)).columns, 110)
+    """The text in bold type on a terminal, unless NO_COLOR is set (https://no-color.org)."""
+    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
+    return text if plain else f"\033[1m{text}\033[0m"
 
 
 def heading(title: str) -> None:
-    """A title with a rule across the screen."""
-    print(f"\n{bold(title)} {dim('─' * max(3, _width() - len(title) - 1))}")
+    """A title above what follows."""
+    print(f"\n{bold(title)}")
 
 
 def show_facts(facts: dict[str, str]) -> None:
-    """One `name  value` line each, names aligned, long values wrapped under themselves."""
-    column = max(map(len, facts)) + 4
+    """One `name  value` line each, values aligned."""
+    column = max(map(len, facts)) + 2
     for name, value in facts.items():
-        lines = textwrap.wrap(value, max(30, _width() - column), break_long_words=False) or [""]
-        print("  " + dim(name.ljust(column - 2)) + ("\n" + " " * column).join(lines))
+        print(f"  {name:<{column}}{value}")
     print(flush=True)
 
 
 def show_note(note: str) -> None:
-    """A line that must not be missed."""
-    for line in textwrap.wrap(note, _width() - 2):
-        print(f"  {_style('1;33', line)}")
-    print(flush=True)
+    """A line that must not be missed, such as a warning; it does not break a progress bar."""
+    tqdm.write(f"  {bold(note)}\n")
 
 
 def show_text(prompt: str, continuation: str) -> None:
-    """A prompt in faint type and its continuation in bold, line breaks shown as ⏎."""
+    """A prompt and its continuation in bold, line breaks shown as ⏎."""
     prompt, continuation = (text.replace("\n", " ⏎ ") for text in (prompt, continuation))
-    print(f"  {dim(prompt)}{bold(continuation)}\n")
+    print(f"  {prompt}{bold(continuation)}\n")
 
 
 def next_commands(*commands: str) -> None:
     """Suggest the commands to run next."""
-    print(dim("\nNext:"))
-    for command in commands:
-        print(f"  {command}")
+    print("\nNext:", *commands, sep="\n  ")
 
 
 def count(number: float, unit: str) -> str:
@@ -74,6 +54,29 @@ def duration(seconds: float) -> str:
     """A time in a readable unit."""
     if seconds < 90:
         return f"{seconds:.1f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def make_output_fail_safe() -> None:
+    """Let stdout and stderr drop what they cannot write: a pipe's reader is gone, the disk is full.
+
+    Streams that something else has replaced already, such as pytest or a notebook, are left alone.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell, as with `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__"):
+            file = io.BufferedWriter(_DroppingFile(stream.fileno(), "w", closefd=False))
+            text = io.TextIOWrapper(file, encoding=stream.encoding, errors="replace", line_buffering=True)
+            setattr(sys, name, text)
+
+
+class _DroppingFile(io.FileIO):
+    """A file that ignores errors while writing."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)

@@ -2,7 +2,6 @@
 
 import hashlib
 import reprlib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,21 +9,12 @@ import numpy as np
 import torch
 
 from support.checkpoint import load_archive, to_bytes
-from support.config import TrainingConfig
 from support.corpus import Corpus, evenly_spaced
 from support.errors import UserError, first_line, is_out_of_memory, require
 from support.files import write_together
+from support.setup import Setup
 
 FRESH = "start over with --fresh or choose another output_dir"
-
-
-@dataclass(frozen=True)
-class RunIdentity:
-    """What must be the same for a run to be resumed."""
-
-    config: TrainingConfig
-    data: str  # fingerprint of the corpus
-    n_processes: int
 
 
 @dataclass
@@ -47,78 +37,66 @@ def fingerprint(corpus: Corpus) -> str:
     return digest.hexdigest()
 
 
-def save_state(
-    path: Path,
-    identity: RunIdentity,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    random_states: Iterable[dict],
-    progress: Progress,
-) -> None:
-    """Write the state after a step; `random_states` holds the `random_state` of every process, by rank.
+class TrainingState:
+    """The file `path` and what it saves: model, optimizer, random generators and progress of one run."""
 
-    May raise OSError or MemoryError; the former file is then unchanged.
-    """
-    values = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "config": identity.config.flat(),
-        "data": identity.data,
-        "random": list(random_states),
-        "progress": vars(progress),
-    }
-    write_together({path: to_bytes(values)})
+    def __init__(self, path: Path, setup: Setup, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
+        self.path, self.setup, self.model, self.optimizer = path, setup, model, optimizer
+        self.data_hash = fingerprint(setup.corpus)
 
+    def save(self, progress: Progress, random_states: list[dict]) -> None:
+        """Write the file after a step; `random_states` holds the `random_state` of every process, by rank.
 
-def load_state(
-    path: Path,
-    identity: RunIdentity,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    rank: int,
-    device: torch.device,
-) -> Progress:
-    """Restore model, optimizer and this process's random generators; return the progress.
+        May raise OSError or MemoryError; the former file is then unchanged.
+        """
+        values = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "config": self.setup.config.flat(),
+            "data": self.data_hash,
+            "random": random_states,
+            "progress": vars(progress),
+        }
+        write_together({self.path: to_bytes(values)})
 
-    Raises UserError if the file is damaged, or belongs to another configuration, other data or another
-    number of processes.
-    """
-    # Weights and two moments make three numbers per parameter; the rest is the index and the random states.
-    n_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
-    values = load_archive(path, 2.9 * n_bytes, 3.1 * n_bytes + 2**24, FRESH)
-    try:
-        _require_same_run(values, identity, f"{path}: the interrupted run there has")
-        progress = Progress(**values["progress"])
-        require(0 < progress.next_step <= identity.config.num_training_steps, f"{path}: damaged; {FRESH}")
-        model.load_state_dict(values["model"])
-        optimizer.load_state_dict(values["optimizer"])
-        _restore_random_state(values["random"][rank], device)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{path}: not the state of this run ({first_line(error)}); {FRESH}") from None
-    return progress
+    def load(self) -> Progress:
+        """Restore model, optimizer and this process's random generators; return the progress.
 
+        Raises UserError if the file is damaged, or belongs to another configuration, other data or another
+        number of processes.
+        """
+        # Weights and two moments make three numbers per parameter; the rest is the index and the random states.
+        n_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
+        values = load_archive(self.path, 2.9 * n_bytes, 3.1 * n_bytes + 2**24, FRESH)
+        try:
+            self._require_same_run(values)
+            progress = Progress(**values["progress"])
+            in_range = 0 < progress.next_step <= self.setup.config.num_training_steps
+            require(in_range, f"{self.path}: damaged; {FRESH}")
+            self.model.load_state_dict(values["model"])
+            self.optimizer.load_state_dict(values["optimizer"])
+            _restore_random_state(values["random"][self.setup.world.rank], self.setup.device)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise UserError(f"{self.path}: not the state of this run ({first_line(error)}); {FRESH}") from None
+        return progress
 
-def _require_same_run(values: dict, identity: RunIdentity, there: str) -> None:
-    theirs, ours = values["config"], identity.config.flat()
-    differing = [
-        f"{key} ({reprlib.repr(theirs.get(key))} there, {ours.get(key)!r} here)"
-        for key in identity.config.differing(theirs)
-    ]
-    require(not differing, f"{there} another configuration: {', '.join(differing)}; {FRESH}")
-    names = [reprlib.repr(keys["data"] or "the default") for keys in (theirs, ours)]
-    require(
-        values["data"] == identity.data,
-        f"{there} other data: data ({names[0]} there, {names[1]} here) has different tokens; {FRESH}",
-    )
-    n = len(values["random"])
-    launcher = "python" if n == 1 else f"torchrun --nproc_per_node={n}"
-    require(
-        n == identity.n_processes,
-        f"{there} {n} process{'es' * (n > 1)}, this one {identity.n_processes}; "
-        f"resume it with {launcher} train.py, or {FRESH}",
-    )
+    def _require_same_run(self, values: dict) -> None:
+        there = f"{self.path}: the interrupted run there has"
+        theirs, ours = values["config"], self.setup.config.flat()
+        differing = [
+            f"{key} ({reprlib.repr(theirs.get(key))} there, {ours.get(key)!r} here)"
+            for key in self.setup.config.differing(theirs)
+        ]
+        require(not differing, f"{there} another configuration: {', '.join(differing)}; {FRESH}")
+        names = [reprlib.repr(keys["data"] or "the default") for keys in (theirs, ours)]
+        other = f"other data: data ({names[0]} there, {names[1]} here) has different tokens"
+        require(values["data"] == self.data_hash, f"{there} {other}; {FRESH}")
+        n, n_here = len(values["random"]), self.setup.world.size
+        launcher = "python" if n == 1 else f"torchrun --nproc_per_node={n}"
+        remedy = f"resume it with {launcher} train.py, or {FRESH}"
+        require(n == n_here, f"{there} {n} process{'es' * (n > 1)}, this one {n_here}; {remedy}")
 
 
 def random_state(device: torch.device) -> dict:

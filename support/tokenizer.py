@@ -10,14 +10,14 @@ Use `encode_ordinary` for text from outside: it reads a literal `<|endoftext|>` 
 import base64
 import hashlib
 from functools import lru_cache
-from pathlib import Path
 
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from support.errors import require
+from support.paths import DATA
 
-VOCABULARY = Path(__file__).resolve().parent.parent / "data" / "gpt2.tiktoken"
+VOCABULARY = DATA / "gpt2.tiktoken"
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 

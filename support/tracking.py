@@ -3,29 +3,30 @@
 import dataclasses
 import netrc
 import os
-import warnings
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlparse
 
 import wandb
 
-from support.background import in_background
 from support.config import TrainingConfig
+from support.screen import show_note
 
-PATIENCE = 10  # seconds that a run waits for W&B to start or to end
+WANDB_SECONDS = 10  # that a run waits for W&B to start or to end
 
 
 def start_tracking(config: TrainingConfig, run_id: str | None = None) -> str | None:
     """Start a W&B run if the user is logged in or set WANDB_MODE; return its id, otherwise run_id.
 
-    run_id continues an earlier run. A failure is only a warning, because the local metrics are complete.
+    run_id continues an earlier run. A failure is only a note, because the local metrics are complete.
     """
     mode = os.environ.get("WANDB_MODE")
     if mode == "disabled" or (mode != "offline" and not _logged_in()):  # otherwise wandb prompts for a key
         if mode == "online":
-            warnings.warn("not logged in to W&B (run wandb login); metrics.csv has everything", stacklevel=2)
+            show_note("Not logged in to W&B (run wandb login); metrics.csv has everything.")
         return run_id
 
     def start() -> str:
@@ -35,11 +36,11 @@ def start_tracking(config: TrainingConfig, run_id: str | None = None) -> str | N
             id=run_id,
             resume="allow" if run_id else None,
             config=dataclasses.asdict(config),
-            settings=wandb.Settings(init_timeout=PATIENCE, silent=True, console="off"),
+            settings=wandb.Settings(init_timeout=WANDB_SECONDS, silent=True, console="off"),
         )
         return wandb.run.id
 
-    return _within(1.5 * PATIENCE, start, "did not start") or run_id
+    return _within(1.5 * WANDB_SECONDS, start, "did not start") or run_id
 
 
 def _logged_in() -> bool:
@@ -58,16 +59,29 @@ def finish_tracking(summary: dict | None) -> None:
         wandb.finish(exit_code=int(summary is None))
 
     if wandb.run is not None:
-        _within(PATIENCE, finish, "did not finish")
+        _within(WANDB_SECONDS, finish, "did not finish")
 
 
 def _within(seconds: float, action: Callable, failure: str):
-    """What the action returns. If it raises or takes longer, warn, stop using W&B and return None."""
+    """What the action returns. If it raises or takes longer, show a note, stop using W&B and return None."""
     try:
-        return in_background(action).result(seconds)
+        return _in_background(action).result(seconds)
     except Exception as error:  # offline, a wrong key, a full disk: none of them may stop a training run
-        reason = str(error) or "no answer in time"
-        warnings.warn(f"W&B {failure} ({reason}); metrics.csv has everything", stacklevel=3)
+        show_note(f"W&B {failure} ({str(error) or 'no answer in time'}); metrics.csv has everything.")
         with suppress(Exception):  # otherwise Python waits at exit for its process, for minutes
-            in_background(wandb.teardown).result(1)
+            _in_background(wandb.teardown).result(1)
         return None
+
+
+def _in_background(action: Callable) -> Future:
+    """Start the action in a daemon thread: if it hangs, the program can still end."""
+    outcome = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(action())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome

@@ -13,9 +13,9 @@ import classify
 import generate
 import train
 from model import DecoderLM
-from support import progress
+from support import plan
 from support.config import dump_config, load_config
-from support.corpus import DATA
+from support.paths import DATA
 
 ROOT = Path(train.__file__).resolve().parent
 COURSE_YAML = """\
@@ -60,7 +60,7 @@ def run_folder(tmp_path_factory):
 def inside(run_folder, monkeypatch):
     """The same folder as the current one; the speed of the machine was measured in the run already."""
     monkeypatch.chdir(run_folder)
-    monkeypatch.setattr(progress, "matrix_product_rate", lambda hardware: 1e12)
+    monkeypatch.setattr(plan, "matrix_product_rate", lambda hardware: 1e12)
     return run_folder
 
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 
 import numpy as np
 import pytest
@@ -459,7 +458,7 @@ def wandb(monkeypatch):
 
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(tracking, "PATIENCE", 0.5)
+    monkeypatch.setattr(tracking, "WANDB_SECONDS", 0.5)
     monkeypatch.setattr(wandb, "run", None)
     return wandb
 
@@ -486,12 +485,11 @@ def hangs(*args, **kwargs):
     [
         ("init", fails, "did not start (the server is on fire)"),
         ("init", hangs, "did not start (no answer in"),
-        ("log", fails, "stopped logging at step 0 (the server is on fire)"),
         ("finish", fails, "did not finish (the server is on fire)"),
         ("finish", hangs, "did not finish (no answer in"),
     ],
 )
-def test_wandb_failing_is_one_warning(tmp_path, monkeypatch, wandb, name, fault, words):
+def test_wandb_failing_is_one_note(tmp_path, monkeypatch, capsys, wandb, name, fault, words):
     calls = []
     monkeypatch.setattr(wandb, "init", lambda **kwargs: setattr(wandb, "run", FakeRun()))
     monkeypatch.setattr(wandb, "log", lambda *args, **kwargs: None)
@@ -499,27 +497,24 @@ def test_wandb_failing_is_one_warning(tmp_path, monkeypatch, wandb, name, fault,
     monkeypatch.setattr(wandb, name, lambda *args, **kwargs: calls.append(name) or fault())
     tiny = TinyRun(tmp_path)
     started = time.monotonic()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert tiny.main() == 0
-    messages = [str(warning.message) for warning in caught if "W&B" in str(warning.message)]
-    assert len(messages) == 1 and words in messages[0], messages
+    assert tiny.main() == 0
+    printed = capsys.readouterr().out
+    assert printed.count("W&B") == 1 and words in printed, printed
     assert calls == [name], "what failed once is not tried again"
     assert time.monotonic() - started < 10 and tiny.rows() == 7
 
 
-def test_wandb_without_login_asks_for_none(tmp_path, monkeypatch, wandb):
+def test_wandb_without_login_asks_for_none(tmp_path, monkeypatch, capsys, wandb):
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("HOME", str(tmp_path))  # without a netrc file
     monkeypatch.delenv("NETRC", raising=False)
     monkeypatch.setattr(wandb, "init", lambda **kwargs: pytest.fail("it would have prompted for a key"))
     tiny = TinyRun(tmp_path)
-    with pytest.warns(UserWarning, match="not logged in"):
-        assert tiny.main() == 0
+    assert tiny.main() == 0
+    assert "Not logged in to W&B" in capsys.readouterr().out
     monkeypatch.delenv("WANDB_MODE")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert tiny.main() == 0, "where nobody asked for W&B, nothing is said of it"
+    assert tiny.main() == 0
+    assert "W&B" not in capsys.readouterr().out, "where nobody asked for W&B, nothing is said of it"
 
 
 @pytest.mark.soak
@@ -546,7 +541,7 @@ def test_wandb_whose_server(tmp_path, server):
     started = time.monotonic()
     process = subprocess.run(tiny.command(), capture_output=True, text=True, env=environment, timeout=180)
     assert process.returncode == 0 and tiny.rows() == 7, process.stderr
-    assert process.stderr.count("W&B did not start") == 1 and "Traceback" not in process.stderr, process.stderr
+    assert process.stdout.count("W&B did not start") == 1 and "Traceback" not in process.stderr, process.stderr
     assert time.monotonic() - started < 60
 
 

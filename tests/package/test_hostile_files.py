@@ -18,7 +18,7 @@ from tiny_run import KEYS, TinyRun, at_batches
 
 import generate
 from model import DecoderLM
-from support import progress, results
+from support import plan, results
 from support.checkpoint import load_weights, to_bytes
 from support.config import ModelConfig, load_config
 from support.errors import UserError
@@ -30,7 +30,7 @@ V = 50257
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Leave out what takes long and reads no file."""
-    monkeypatch.setattr(progress, "matrix_product_rate", lambda hardware: 1e12)
+    monkeypatch.setattr(plan, "matrix_product_rate", lambda hardware: 1e12)
     monkeypatch.setattr(results, "plot_curve", lambda *args: None)
 
 

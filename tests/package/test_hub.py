@@ -21,7 +21,7 @@ from tiny_run import ROOT, TinyRun, wait_until
 from support import hub as hub_module
 from support.corpus import C4, load_corpus
 from support.errors import UserError
-from support.hub import Unavailable, ask, hub_file
+from support.hub import Unavailable, hub_file
 from support.reviews import YELP, load_reviews
 from support.tokenizer import get_tokenizer
 
@@ -121,7 +121,7 @@ FAULTS = {
     "dead server": (dead, "Connection refused"),
     "html page in place of the file": (lambda hub: setattr(hub, "sent_instead", b"<html>"), "should be of size"),
     "503": (lambda hub: setattr(hub, "status", 503), "HTTP 503"),
-    "silent server": (lambda hub: setattr(hub, "silent_seconds", 60), "no answer within 8 seconds"),
+    "silent server": (lambda hub: setattr(hub, "silent_seconds", 60), "Timeout"),
 }
 SOAK = {"503", "silent server"}
 
@@ -138,12 +138,6 @@ def test_unusable_hub_is_recognised_in_time_and_leaves_nothing(hub, data, fault)
     with pytest.raises(UserError, match=f"data: c4: .*{reason}.*data: sample"):
         load_corpus("c4", N_VOCAB)
     assert names(data) == [], "part of a file, or the wrong one, is left"
-
-
-def test_no_answer_is_waited_for_no_longer_than_the_patience(hub, monkeypatch):
-    monkeypatch.setattr(hub_module, "PATIENCE_SECONDS", 0.2)
-    with pytest.raises(Unavailable, match="no answer within 0.2 seconds"):
-        ask(time.sleep, 5)  # a name look-up has no timeout of its own
 
 
 def test_full_disk_while_fetching_is_a_reason_and_no_crash(hub, data, monkeypatch):
@@ -299,7 +293,7 @@ def test_dataset_that_cannot_be_had_is_refused_in_one_line(prepare, tmp_path, ca
         yield {"text": "a first document"}
         raise ConnectionError("the line\nis dead")
 
-    monkeypatch.setattr(prepare, "ask", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [{"body": "text", "id": 1}])
     assert "hf:some/thing: no text in a column 'text' (found: body, id)" in run()
     monkeypatch.setattr("datasets.load_dataset", broken_stream)

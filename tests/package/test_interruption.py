@@ -246,7 +246,7 @@ def test_wandb_continues_the_same_run(tmp_path, monkeypatch):
 )
 def test_checkpoint_interval(tmp_path, monkeypatch, interval, saved):
     steps = []
-    monkeypatch.setattr(run, "save_state", lambda *arguments: steps.append(arguments[-1].next_step))
+    monkeypatch.setattr(run.TrainingState, "save", lambda self, progress, _: steps.append(progress.next_step))
     assert TinyRun(tmp_path, checkpoint_interval=interval).main() == 0
     assert steps == saved
 

@@ -11,18 +11,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_run import TinyRun, at_batches, leave_out_what_is_slow
+from tiny_run import ROOT, TinyRun, at_batches, leave_out_what_is_slow
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from support import checkpoint, hardware, results, state
-from support.config import load_config, memory_advice
+from support import checkpoint, hardware, results, run, state
+from support.classification import area_under_roc
+from support.config import load_config
 from support.errors import UserError, exit_on_user_error
 from support.hardware import choose_hardware
-from support.metrics import area_under_roc
 from support.prefixes import read_prefixes
 from support.screen import bold, count, duration
 
-CONFIGS = Path(checkpoint.ROOT) / "configs"
+CONFIGS = ROOT / "configs"
 
 
 # --- the device: the answers of CUDA and MPS are substituted here ----------------------------------------
@@ -225,7 +225,7 @@ def test_file_that_vanishes_is_one_sentence(capsys):
 
 def test_memory_advice_for_a_batch_of_one():
     config = load_config(str(CONFIGS / "GPT-tiny.yaml"), ["batch_size=1"])
-    assert memory_advice(config).endswith("make one of the others smaller")
+    assert run.smaller_batch_advice(config).endswith("make one of the others smaller")
 
 
 def test_memory_that_runs_out_while_a_checkpoint_loads_is_no_damaged_file(tmp_path, monkeypatch):

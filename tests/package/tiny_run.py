@@ -12,7 +12,7 @@ import yaml
 
 import generate
 import train
-from support import progress, results
+from support import plan, results
 
 ROOT = Path(train.__file__).parent
 KEYS = {
@@ -99,7 +99,7 @@ def _main(config: str, arguments: tuple, log: str) -> None:
 
 def leave_out_what_is_slow(patch) -> None:
     """The measurement of speed, the picture and the sample of text: none of them has a part in any fault."""
-    patch.setattr(progress, "matrix_product_rate", lambda hardware: 1e12)
+    patch.setattr(plan, "matrix_product_rate", lambda hardware: 1e12)
     patch.setattr(results, "plot_curve", lambda *args: None)
     patch.setattr(generate, "generate", lambda *args, **kwargs: [""])
 
