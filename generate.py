@@ -178,8 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     from support.arguments import ArgumentParser, positive_int, probability_mass, temperature
     from support.checkpoint import load_trained_model
     from support.errors import exit_on_user_error
-    from support.generation import report_texts, show_generation_header
-    from support.prefixes import read_prefixes
+    from support.generation import read_prefixes, report_texts, show_generation_header
 
     parser = ArgumentParser(description="Continue prompts with a trained language model.")
     parser.add_argument("--prefixes", help="JSON list or JSON lines (default: prefixs.json)")

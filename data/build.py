@@ -23,10 +23,10 @@ import numpy as np
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
 
-from support.corpus import read_tokens  # noqa: E402
 from support.errors import exit_on_user_error, require  # noqa: E402
 from support.files import atomic_file  # noqa: E402
 from support.text import read_jsonl  # noqa: E402
+from support.token_files import read_tokens  # noqa: E402
 from support.tokenizer import get_tokenizer  # noqa: E402
 
 SAMPLE, HELD_OUT = DATA / "sample.npz", DATA / "heldout-wikipedia.npz"

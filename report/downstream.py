@@ -19,7 +19,7 @@ from support.chunked_loss import ChunkedLanguageModelingLoss
 from support.classification import area_under_roc
 from support.config import dump_config
 from support.files import write_atomically, write_together
-from support.prefixes import read_prefixes
+from support.generation import read_prefixes
 from support.reviews import load_reviews
 
 SHIPPED = ROOT / "model.pt"

@@ -1,11 +1,43 @@
-"""What generate.py prints and writes."""
+"""The prompts of generate.py, and what it prints and writes."""
 
 import json
 from argparse import Namespace
+from pathlib import Path
 
 from support.checkpoint import TrainedModel
+from support.errors import UserError, require
 from support.files import write_atomically
+from support.paths import ROOT
 from support.screen import heading, next_commands, show_facts, show_text
+
+
+def read_prefixes(path: str | None) -> list[str]:
+    """The prefixes of a file in order, by default prefixs.json; UserError names the entry or line that is wrong.
+
+    The file is a JSON list or JSON lines; each entry is a string or an object like {"prefix": "…"}.
+    """
+    where = path = path or ROOT / "prefixs.json"
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith("["):
+            entries = [(f"{path}, entry {n}", entry) for n, entry in enumerate(json.loads(text), start=1)]
+        else:
+            entries = []
+            for n, line in enumerate(text.splitlines(), start=1):
+                where = f"{path}, line {n}"
+                if line.strip():
+                    entries.append((where, json.loads(line)))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a JSON list of strings") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: invalid JSON ({error}); give a list of strings, or one per line") from None
+    require(bool(entries), f"{path}: contains no prefix; give a JSON list of strings")
+    prefixes = []
+    for where, entry in entries:
+        prefix = entry.get("prefix") if isinstance(entry, dict) else entry
+        require(isinstance(prefix, str), f'{where}: neither a string nor an object like {{"prefix": "…"}}')
+        prefixes.append(prefix)
+    return prefixes
 
 
 def show_generation_header(trained: TrainedModel, args: Namespace) -> None:

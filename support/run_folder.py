@@ -33,19 +33,11 @@ def locked_folder(folder: Path, n_parameters: int):
         for file in (*RESULTS, STATE, WORKING_METRICS):
             require(not (folder / file).is_dir(), f"{name}/{file} is a folder; remove it")
             remove_leftovers(folder / file)
-        _require_space(folder, n_parameters)
+        in_use = (folder / STATE).stat().st_size if (folder / STATE).exists() else 0
+        # Two states, the old and the new one, of 12 bytes per parameter, and model.pt of 4.
+        needed, free = 28 * n_parameters - in_use, shutil.disk_usage(folder).free
+        shortage = f"{free / 1e6:.1f} MB free, but the checkpoints need {needed / 1e6:.1f} MB"
+        require(free > needed, f"{name} has {shortage}; free some disk space or choose another disk")
         yield
     finally:
         lock.release()
-
-
-def _require_space(folder: Path, n_parameters: int) -> None:
-    state = folder / STATE
-    in_use = state.stat().st_size if state.exists() else 0
-    # Two states, the old and the new one, of 12 bytes per parameter, and model.pt of 4.
-    needed, free = 28 * n_parameters - in_use, shutil.disk_usage(folder).free
-    require(
-        free > needed,
-        f"output_dir: {folder} has {free / 1e6:.1f} MB free, but the checkpoints need {needed / 1e6:.1f} MB; "
-        "free some disk space or choose another disk",
-    )

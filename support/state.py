@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from support.checkpoint import load_archive, to_bytes
-from support.corpus import Corpus, evenly_spaced
+from support.corpus import Corpus
 from support.errors import UserError, first_line, is_out_of_memory, require
 from support.files import write_together
 from support.setup import Setup
+from support.token_files import evenly_spaced
 
 FRESH = "start over with --fresh or choose another output_dir"
 

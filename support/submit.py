@@ -20,9 +20,9 @@ from pathlib import Path
 
 from support.errors import UserError, exit_on_user_error, require
 from support.files import atomic_file
+from support.paths import ROOT
 from support.screen import bold, heading
 
-ROOT = Path(__file__).resolve().parent.parent
 CODE = ("model.py", "train.py", "generate.py", "classify.py")
 ALLOWED = {"torch", "numpy", "yaml", "wandb", "datasets", "tqdm", "tiktoken"}  # the assignment's packages
 ALLOWED |= sys.stdlib_module_names | {name.removesuffix(".py") for name in CODE} | {"support"}

@@ -340,7 +340,7 @@ def test_bad_arguments(name, inside, capsys):
 
 @pytest.mark.parametrize("text", ['["a", "b"]', '[{"prefix": "a"}, "b"]', '{"prefix": "a"}\n"b"\n'])
 def test_prefix_files_of_each_kind(text, inside):
-    from support.prefixes import read_prefixes
+    from support.generation import read_prefixes
 
     (inside / "p.json").write_text(text)
     assert read_prefixes(inside / "p.json") == ["a", "b"]

@@ -18,8 +18,8 @@ from support import checkpoint, hardware, results, run, state
 from support.classification import area_under_roc
 from support.config import load_config
 from support.errors import UserError, exit_on_user_error
+from support.generation import read_prefixes
 from support.hardware import choose_hardware
-from support.prefixes import read_prefixes
 from support.screen import bold, count, duration
 
 CONFIGS = ROOT / "configs"
