@@ -6,7 +6,7 @@ from support.checkpoint import TrainedModel
 from support.files import json_text, write_atomically
 from support.plots import plot_classification
 from support.reviews import Reviews
-from support.screen import bold, heading, next_commands, show_facts, show_note
+from support.screen import bold, heading, show_facts, show_note
 
 KINDS = ("without calibration", "with calibration")
 
@@ -79,4 +79,3 @@ def report_classification(
     figure = trained.folder / "classification.png"
     plot_classification(p, labels, results["boundary"], f"{trained.path}, {reviews.name}", figure)
     print(f"{len(labels)} reviews in {seconds:.1f} s, written to {trained.folder}/classification.json, .png")
-    next_commands(f"python generate.py --checkpoint {trained.path} --temperature 0.8")

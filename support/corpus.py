@@ -11,7 +11,6 @@ from support.paths import DATA
 from support.token_files import evenly_spaced, read_tokens
 
 C4 = ("yimingzhang/llms-hw2", "tokens.npz")  # the course's dataset repository on the Hugging Face Hub, its file
-SAMPLE_NAME = "bundled sample of C4"
 SAMPLE_NOTE = (
     "NOTE: the course's C4 tokens cannot be fetched ({}), so this trains on the bundled sample of C4. The "
     "course's own validation set is another part of C4, so compare perplexities with a margin."
@@ -37,11 +36,6 @@ class Corpus:
                 f"seq_len = {seq_len}; use more data or a smaller seq_len",
             )
 
-    @property
-    def is_sample(self) -> bool:
-        """Whether this is the sample that comes with the package."""
-        return self.name == SAMPLE_NAME
-
     def n_predictions(self, seq_len: int) -> int:
         """Tokens of val that are predicted when it is cut into rows of seq_len tokens."""
         return len(self.val) // seq_len * (seq_len - 1)
@@ -63,7 +57,7 @@ def load_corpus(data: str | None, n_vocab: int) -> Corpus:
             require(data is None, f"data: c4: no data/tokens.npz, and it cannot be downloaded ({error}); {remedy}")
             data, note = "sample", SAMPLE_NOTE.format(error)
     if data == "sample":
-        return Corpus(SAMPLE_NAME, *read_tokens(DATA / "sample.npz", n_vocab), note)
+        return Corpus("bundled sample of C4", *read_tokens(DATA / "sample.npz", n_vocab), note)
     known = "a token file or folder, a text or jsonl file, 'sample' or 'c4'"
     require(Path(data).exists(), f"data: {data}: no such file or folder; give {known}")
     return Corpus(data, *read_tokens(Path(data), n_vocab))

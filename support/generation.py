@@ -8,7 +8,7 @@ from support.checkpoint import TrainedModel
 from support.errors import UserError, require
 from support.files import write_atomically
 from support.paths import ROOT
-from support.screen import heading, next_commands, show_facts, show_text
+from support.screen import heading, show_facts, show_text
 
 
 def read_prefixes(path: str | None) -> list[str]:
@@ -63,4 +63,3 @@ def report_texts(trained: TrainedModel, prompts: list[str], texts: list[str], se
     path = trained.folder / "generation.jsonl"
     write_atomically(path, "".join(lines))
     print(f"{len(texts)} texts in {seconds:.1f} s, written to {path}")
-    next_commands(f"python generate.py --checkpoint {trained.path} --temperature 0.8")

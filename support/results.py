@@ -8,18 +8,16 @@ from pathlib import Path
 import torch
 
 from support.checkpoint import to_bytes
-from support.config import dump_config, load_config
+from support.config import dump_config
 from support.files import json_text, write_together
 from support.hardware import peak_memory_mib
-from support.paths import ROOT
 from support.plan import TrainingPlan
 from support.plots import plot_curve
 from support.run_folder import RESULTS, WORKING_METRICS
-from support.screen import bold, duration, heading, next_commands, show_facts, show_note, show_text
+from support.screen import bold, duration, heading, show_facts, show_note, show_text
 from support.setup import Setup
 
 SAMPLE_PROMPT = "The city"
-EXPECTED_VAL_LOSS = {"smoke": 7.69, "GPT-tiny": 6.88}  # shipped configurations on the bundled sample
 
 
 def measurements(plan: TrainingPlan, seconds: float) -> dict:
@@ -69,7 +67,7 @@ def show_results(folder: Path, plan: TrainingPlan, result: dict[str, float], mea
     n_predictions = plan.setup.corpus.n_predictions(c.seq_len)
     heading("result")
     print("  " + bold(f"validation loss {result['val-loss']:.3f} nats, perplexity {result['val-perplexity']:.1f}"))
-    print(f"  {_meaning(folder, plan, result['val-loss'])}\n")
+    print(f"  {_meaning(plan, result['val-loss'])}\n")
     show_facts(
         {
             "trained": f"{c.num_training_steps} steps in {duration(seconds)}, "
@@ -81,8 +79,8 @@ def show_results(folder: Path, plan: TrainingPlan, result: dict[str, float], mea
     )
 
 
-def _meaning(folder: Path, plan: TrainingPlan, val_loss: float) -> str:
-    """Compare the loss with two simple guesses, and with what this configuration should reach."""
+def _meaning(plan: TrainingPlan, val_loss: float) -> str:
+    """Compare the loss with two simple guesses."""
     if not math.isfinite(val_loss):
         return "The loss is not finite: the run diverged; lower max_lr or lengthen the warm-up."
     below_uniform, below_unigrams = plan.ln_vocab - val_loss, plan.unigram_entropy - val_loss
@@ -93,10 +91,6 @@ def _meaning(folder: Path, plan: TrainingPlan, val_loss: float) -> str:
         text += ", not yet below word frequencies alone: train longer or with a higher max_lr."
     else:
         text += f" and {below_unigrams:.2f} below word frequencies alone: the model is using context."
-    if folder.name in EXPECTED_VAL_LOSS and plan.setup.corpus.is_sample:
-        shipped = load_config(str(ROOT / "configs" / f"{folder.name}.yaml"))
-        if not plan.setup.config.differing(shipped.flat()):
-            text += f" Expected for this configuration: about {EXPECTED_VAL_LOSS[folder.name]:.2f}."
     return text
 
 
@@ -106,10 +100,8 @@ def show_sample(checkpoint: Path, generate: Callable[[str], str]) -> None:
         show_text(SAMPLE_PROMPT, generate(SAMPLE_PROMPT))
     except NotImplementedError:
         show_note("No sample text: generate() in generate.py is not written yet (question 3.1).")
-    next_commands(
-        f"python generate.py --prefixes prefixs.json --checkpoint {checkpoint}",
-        f"python classify.py {checkpoint}",
-    )
+    print(f"\nNext:\n  python generate.py --prefixes prefixs.json --checkpoint {checkpoint}")
+    print(f"  python classify.py {checkpoint}")
 
 
 def show_evaluation(checkpoint: str, setup: Setup, result: dict[str, float]) -> None:

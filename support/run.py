@@ -23,7 +23,6 @@ from support.tracking import finish_tracking, start_tracking
 from train import RUNNING_MEAN_STEPS, StepResult
 
 DRY_RUN_STEPS = 6  # enough to time a step; the first one warms up
-DISK_BYTES_PER_SECOND = 2e8  # assumed until the first state has been written and timed
 
 
 @contextmanager
@@ -108,7 +107,7 @@ class TrainingRun:
         self._metrics = MetricsLog(self.folder / WORKING_METRICS, progress.next_step) if is_main else None
         self._bar = ProgressBar(plan, progress.next_step, enabled=is_main)
         self._seconds_before = progress.seconds
-        self._save_seconds = 12 * plan.n_parameters / DISK_BYTES_PER_SECOND
+        self._save_seconds = 0.0  # the latest save took
         self._started = self._last_save = time.perf_counter()
 
     def close(self) -> None:

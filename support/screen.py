@@ -1,4 +1,4 @@
-"""What the commands print: facts, notes, texts, and the next command to type."""
+"""What the commands print: facts, notes and texts, on streams that never stop a command."""
 
 import io
 import os
@@ -35,11 +35,6 @@ def show_text(prompt: str, continuation: str) -> None:
     """A prompt and its continuation in bold, line breaks shown as ⏎."""
     prompt, continuation = (text.replace("\n", " ⏎ ") for text in (prompt, continuation))
     print(f"  {prompt}{bold(continuation)}\n")
-
-
-def next_commands(*commands: str) -> None:
-    """Suggest the commands to run next."""
-    print("\nNext:", *commands, sep="\n  ")
 
 
 def count(number: float, unit: str) -> str:
