@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from support.arguments import positive_int  # noqa: E402
 from support.errors import UserError, exit_on_user_error, require  # noqa: E402
 from support.files import atomic_file, write_atomically  # noqa: E402
 from support.hub import HUB_SECONDS, reason  # noqa: E402
@@ -126,12 +127,6 @@ def write_runs(file: BinaryIO, spool: BinaryIO, runs: np.ndarray) -> None:
     for start, end in runs.tolist():
         spool.seek(2 * start)
         file.write(spool.read(2 * (end - start)))
-
-
-def positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -410,7 +410,7 @@ def test_prepare_refuses_what_it_cannot_do_and_writes_nothing(tmp_path, pages, p
         ([pages, tmp_path / "no" / "out"], "no: no such folder"),
         ([pages, tmp_path / "taken"], "taken is a file"),
         ([tmp_path / "empty.txt", tmp_path / "out"], "no text found"),
-        ([pages, tmp_path / "out", "--tokens", "0"], "not a whole number above 0"),
+        ([pages, tmp_path / "out", "--tokens", "0"], "give 1 or more"),
         ([pages, tmp_path / "out", "--reviews", "10"], "pages.jsonl, line 1: label None"),
     ):
         status, error = prepare(*arguments)
