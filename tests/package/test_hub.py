@@ -287,7 +287,7 @@ def test_dataset_that_cannot_be_had_is_refused_in_one_line(prepare, tmp_path, ca
         assert stop.value.code == 2 and list(tmp_path.iterdir()) == []
         return capsys.readouterr().err
 
-    assert "HF_HUB_OFFLINE" in run()
+    assert "HF_HUB_OFFLINE is set" in run()
 
     def broken_stream(*_, **__):
         yield {"text": "a first document"}
