@@ -1,4 +1,4 @@
-"""What the shipped model does with text: questions 2.6 (the file itself), 3.2, 3.3, 3.5 and 3.6."""
+"""What the shipped model does with text: questions 2.6 (the file itself), 3.2, 3.5 and 3.6."""
 
 import dataclasses
 import json
@@ -8,25 +8,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tables import OUTPUTS, RESULTS, ROOT, best_tuned
+from tables import OUTPUTS, REPORT, RESULTS
 
 import train
-from classify import YELP_LABEL_MAP, YELP_TEMPLATE, decision_boundary, score
+from classify import YELP_LABEL_MAP, YELP_TEMPLATE, decision_boundary, p_positive, score
 from data.build import HELD_OUT, SAMPLE
 from generate import encode_prompt, generate, softmax_with_temperature
 from support.checkpoint import load_trained_model, to_bytes
-from support.chunked_loss import ChunkedLanguageModelingLoss
-from support.classification import area_under_roc
 from support.config import dump_config
 from support.files import write_atomically, write_together
 from support.generation import read_prefixes
 from support.reviews import load_reviews
 
+ROOT = REPORT.parent
 SHIPPED = ROOT / "model.pt"
 MOST_BYTES = 16_000_000
-TEMPERATURES = (0.0, 0.3, 0.7, 1.0, 1.5)
-N_TEXTS, N_NEW_TOKENS = 20, 100  # per prefix and temperature (one where it is 0), and in each of them
-N_RESAMPLES = 2000  # of the bootstrap
+N_RESAMPLES = 2000  # of each bootstrap
 
 
 def keep(name: str, values: dict) -> None:
@@ -39,15 +36,19 @@ def load(path: Path):
     return load_trained_model(None, str(path))
 
 
+def with_interval(value: float, resampled: np.ndarray) -> list[float]:
+    """[value, lower, upper end of the 95% interval]"""
+    return [float(value), *np.quantile(resampled, [0.025, 0.975]).tolist()]
+
+
 # ---------------------------------------------------------------------------------------------------
 # 2.6: the file that ships
 # ---------------------------------------------------------------------------------------------------
 
 
 def ship() -> None:
-    """Store the final run's weights as bfloat16 in model.pt, config.yaml beside it; measure what that costs."""
+    """Store the final run's weights as bfloat16 in model.pt, config.yaml beside it, and measure that file."""
     trained = load(OUTPUTS / "2.6-final" / "model.pt")
-    loss = {"float32": held_out_loss(trained, held_out_c4())}
     weights = {
         # scale_factor is no weight: rounded, it would change every attention score.
         key: tensor if key.endswith("scale_factor") else tensor.bfloat16()
@@ -59,11 +60,26 @@ def ship() -> None:
     neutral = {"output_dir": "outputs/final", "device": "auto", "data": "sample", "checkpoint_interval": None}
     config = dataclasses.replace(trained.config, **neutral)  # the sample is held-out C4 that every clone has
     write_together({SHIPPED: archive, ROOT / "config.yaml": dump_config(config).encode()})
+    measure_shipped()
+
+
+def measure_shipped() -> None:
+    """The size and cost of the shipped model, and its losses on held-out text with their intervals."""
     shipped = load(SHIPPED)
-    loss["bfloat16"] = held_out_loss(shipped, held_out_c4())
-    result = {"bytes": len(archive), "val-loss": loss, "interval": held_out_interval(shipped, held_out_c4())}
-    result["wikipedia-loss"] = held_out_loss(shipped, held_out_wikipedia())
-    result["wikipedia-interval"] = held_out_interval(shipped, held_out_wikipedia())
+    c, model = shipped.config, shipped.model
+    steps = c.num_training_steps, c.grad_accumulation_steps, c.batch_size, c.seq_len
+    result = {
+        "bytes": SHIPPED.stat().st_size,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "n_embd": c.model_config.n_embd,
+        "n_layer": c.model_config.n_layer,
+        "steps": c.num_training_steps,
+        "max_lr": c.max_lr,
+        "tokens": math.prod(steps),
+        "flops": train.training_flops(model, *steps),
+    }
+    for name, tokens in (("c4", held_out_c4()), ("wikipedia", held_out_wikipedia())):
+        result[f"{name}-loss"] = held_out_loss(shipped, tokens)
     keep("model-file", result)
 
 
@@ -77,16 +93,11 @@ def held_out_wikipedia() -> np.ndarray:
     return np.load(HELD_OUT)["val"]
 
 
-def held_out_loss(trained, tokens: np.ndarray) -> float:
-    """Loss on these tokens, nats per token, as train.py evaluates."""
-    c = trained.config
-    batches = train.sequential_batch_sampler(tokens, trained.device, 8, c.seq_len, drop_last=False)
-    return train.evaluate(trained.model, batches, loss_fn=ChunkedLanguageModelingLoss(trained.model))["val-loss"]
-
-
 @torch.inference_mode()
-def held_out_interval(trained, tokens: np.ndarray) -> list[float]:
-    """95% interval of that loss, from a bootstrap over the documents."""
+def held_out_loss(trained, tokens: np.ndarray) -> list[float]:
+    """Loss on these tokens as train.py evaluates, nats per token, with its 95% interval from a bootstrap over the
+    documents: [loss, lower end, upper end].
+    """
     ends = tokens == trained.tokenizer.eot_token
     document = np.concatenate([[0], np.cumsum(ends)[:-1]])  # of each token, its own end included
     losses, documents = [], []
@@ -101,12 +112,20 @@ def held_out_interval(trained, tokens: np.ndarray) -> list[float]:
     documents = torch.cat(documents).numpy()
     sums, counts = np.bincount(documents, torch.cat(losses).numpy()), np.bincount(documents)
     drawn = np.random.default_rng(0).integers(len(sums), size=(N_RESAMPLES, len(sums)))
-    return np.quantile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), [0.025, 0.975]).tolist()
+    return with_interval(sums.sum() / counts.sum(), sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
 
 
 # ---------------------------------------------------------------------------------------------------
-# 3.2, 3.3: generation
+# 3.2: generation
 # ---------------------------------------------------------------------------------------------------
+
+TEMPERATURES = (0.0, 0.3, 0.7, 1.0, 1.5)
+OWN_PROMPTS = (
+    "The best way to cook rice is",
+    "Dear customer, thank you for",
+    "The president said on Monday that",
+)
+N_TEXTS, N_NEW_TOKENS, N_SHOWN = 10, 100, 24  # texts per prompt (one at temperature 0), tokens in each
 
 
 class _TokenIds:
@@ -119,163 +138,139 @@ class _TokenIds:
         return tokens
 
 
-def distinct(tokens: list[int], n: int) -> float:
-    """Distinct n-grams of one text as a share of all its n-grams; 1 = nothing is said twice."""
-    ngrams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
-    return len(set(ngrams)) / len(ngrams)
+def distinct_trigrams(tokens: list[int]) -> float:
+    """Distinct trigrams of one text as a share of all its trigrams; 1 = nothing is repeated."""
+    trigrams = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
+    return len(set(trigrams)) / len(trigrams)
 
 
 @torch.inference_mode()
 def measure_texts(model, pairs: list[tuple[list[int], list[int]]], temperature: float) -> dict[str, float]:
-    """Means over the tokens of (prompt, continuation) pairs, read by the model that wrote them.
-
-    The entropy is that of the model's own distribution, and of the one at this temperature, in nats.
+    """Means over (prompt, continuation) pairs: distinct trigrams; the model's loss on the continuation, and the
+    entropy of the distributions at this temperature that its tokens are drawn from, nats per token.
     """
-    nll, entropy, entropy_sampled = [], [], []
+    loss, entropy = [], []
     for prompt, new in pairs:
         logits = model(torch.tensor([prompt + new]))[0, len(prompt) - 1 : -1]  # (new tokens, V)
-        nll.append(F.cross_entropy(logits, torch.tensor(new), reduction="none"))
-        entropy.append(torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1))
-        entropy_sampled.append(torch.special.entr(softmax_with_temperature(logits, temperature)).sum(dim=-1))
-    long_enough = [new for _, new in pairs if len(new) >= 3]
+        loss.append(F.cross_entropy(logits, torch.tensor(new), reduction="none"))
+        entropy.append(torch.special.entr(softmax_with_temperature(logits, temperature)).sum(dim=-1))
     return {
         "texts": len(pairs),
-        "tokens": sum(len(new) for _, new in pairs),
-        **{f"distinct-{n}": float(np.mean([distinct(new, n) for new in long_enough])) for n in (1, 2, 3)},
+        "distinct-3": float(np.mean([distinct_trigrams(new) for _, new in pairs if len(new) >= 3])),
+        "loss": torch.cat(loss).mean().item(),
         "entropy": torch.cat(entropy).mean().item(),
-        "entropy-sampled": torch.cat(entropy_sampled).mean().item(),
-        "perplexity": torch.cat(nll).mean().exp().item(),
     }
 
 
-def sample_texts(trained, temperature: float) -> list[tuple[list[int], list[int]]]:
-    """(prompt, continuation) of each bundled prefix, N_TEXTS times (once where the temperature is 0)."""
-    prefixes = read_prefixes(None) * (N_TEXTS if temperature else 1)
+def sample_texts(trained, prefixes: list[str], temperature: float) -> list[tuple[list[int], list[int]]]:
+    """(prompt, continuation) of each prefix in order, all of them N_TEXTS times (once at temperature 0)."""
+    prefixes = prefixes * (N_TEXTS if temperature else 1)
     tokenizer, n_positions = trained.tokenizer, trained.model.n_positions
     torch.manual_seed(0)
-    new = generate(trained.model, "cpu", _TokenIds(tokenizer), prefixes, 32, N_NEW_TOKENS, temperature)
+    new = generate(trained.model, "cpu", _TokenIds(tokenizer), prefixes, 30, N_NEW_TOKENS, temperature)
     prompts = [encode_prompt(tokenizer, prefix, n_positions) for prefix in prefixes]
-    return [pair for pair in zip(prompts, new, strict=True) if pair[1]]
+    return list(zip(prompts, new, strict=True))
 
 
 def people_texts(tokenizer) -> list[tuple[list[int], list[int]]]:
-    """The beginnings of held-out pages, cut like the samples: 10 tokens of prompt, then N_NEW_TOKENS."""
-    tokens = held_out_wikipedia()
+    """The beginnings of held-out documents of C4: 10 tokens as the prompt, then N_NEW_TOKENS."""
+    tokens = held_out_c4()
     ends = np.flatnonzero(tokens == tokenizer.eot_token)
-    pages = [page[page != tokenizer.eot_token].tolist() for page in np.split(tokens, ends)]
+    documents = [part[part != tokenizer.eot_token].tolist() for part in np.split(tokens, ends)]
     wanted = 10 + N_NEW_TOKENS
-    return [(page[:10], page[10:wanted]) for page in pages if len(page) >= wanted][: 3 * N_TEXTS]
+    return [(part[:10], part[10:wanted]) for part in documents if len(part) >= wanted]
 
 
 def temperatures() -> None:
     """3.2: texts of the shipped model at five temperatures, with people's for comparison."""
-    trained = load(SHIPPED)
+    trained, bundled = load(SHIPPED), read_prefixes(None)
+    prefixes = [*bundled, *OWN_PROMPTS]
     measured, shown = {}, {}
     for temperature in TEMPERATURES:
-        pairs = sample_texts(trained, temperature)
-        measured[f"{temperature:g}"] = measure_texts(trained.model, pairs, temperature)
-        firsts = pairs[: len(read_prefixes(None))]
-        shown[f"{temperature:g}"] = [trained.tokenizer.decode(new[:32]) for _, new in firsts]
-    measured["people"] = measure_texts(trained.model, people_texts(trained.tokenizer), 1.0)
-    keep("3.2", {"measured": measured, "texts": shown, "prefixes": read_prefixes(None)})
-
-
-def more_training() -> None:
-    """3.3: the same model with a tenth of the training, and the shipped one."""
-    measured = {}
-    for name, path in (("1e14", OUTPUTS / best_tuned() / "model.pt"), ("1e15", SHIPPED)):
-        trained = load(path)
-        measured[name] = {
-            "val-loss": held_out_loss(trained, held_out_c4()),
-            "greedy": measure_texts(trained.model, sample_texts(trained, 0.0), 0.0),
-            "sampled": measure_texts(trained.model, sample_texts(trained, 1.0), 1.0),
-            "people": measure_texts(trained.model, people_texts(trained.tokenizer), 1.0),
-            "text": trained.tokenizer.decode(sample_texts(trained, 0.7)[0][1][:32]),
-        }
-    keep("3.3", measured)
+        pairs = sample_texts(trained, prefixes, temperature)
+        shown[f"{temperature:g}"] = [trained.tokenizer.decode(new[:N_SHOWN]) for _, new in pairs[: len(prefixes)]]
+        written = [(prompt, new) for prompt, new in pairs if new]
+        measured[f"{temperature:g}"] = measure_texts(trained.model, written, temperature)
+    measured["held-out C4"] = measure_texts(trained.model, people_texts(trained.tokenizer), 1.0)
+    keep("3.2", {"measured": measured, "texts": shown, "prefixes": prefixes, "bundled": len(bundled)})
 
 
 # ---------------------------------------------------------------------------------------------------
 # 3.5, 3.6: sentiment
 # ---------------------------------------------------------------------------------------------------
 
-TEMPLATES = {
-    "Yelp": YELP_TEMPLATE,
-    "product": "Here is a review of a product: {text}\nOverall, the product was",
-    "bare": "{text} It was",
-}
-WORDS = {
-    "bad / good": ([YELP_LABEL_MAP[0]], [YELP_LABEL_MAP[1]]),
-    "terrible / great": ([" terrible"], [" great"]),
-    "poor / excellent": ([" poor"], [" excellent"]),
-    "four words each": ([" bad", " terrible", " poor", " worse"], [" good", " great", " excellent", " better"]),
-}
 CONTENT_FREE = ("N/A", "[MASK]", "")  # the three of Zhao et al. 2021
+LAST_TOKENS = (2, 5, 10)
 
 
-def log_odds(logits: torch.Tensor, tokenizer, words: tuple[list[str], list[str]]) -> np.ndarray:
-    """log p(positive words) - log p(negative words): (N, V) -> (N,)."""
-    negative, positive = ([tokenizer.encode_single_token(word) for word in side] for side in words)
-    log_p = logits.double().log_softmax(dim=-1)
-    return (log_p[:, positive].logsumexp(dim=-1) - log_p[:, negative].logsumexp(dim=-1)).numpy()
+def resamples(labels: np.ndarray) -> np.ndarray:
+    """(N_RESAMPLES, N) indices, drawn within each class: the numbers of positive and negative texts are fixed."""
+    generator = np.random.default_rng(0)
+    classes = [np.flatnonzero(labels == label) for label in (0, 1)]
+    return np.hstack([generator.choice(rows, size=(N_RESAMPLES, len(rows))) for rows in classes])
 
 
-def boundaries(odds: np.ndarray, empty: np.ndarray, premise: float) -> dict[str, float]:
-    """What the log odds must exceed under each rule; none of them uses a label.
-
-    With two labels, contextual calibration and PMI scoring both subtract a constant from the log odds.
-    """
-    mean_p = (1 / (1 + np.exp(-empty))).mean()  # as Zhao et al. 2021 average over their content-free inputs
-    return {
-        "0.5": 0.0,
-        "contextual": math.log(mean_p / (1 - mean_p)),
-        "PMI": premise,  # Holtzman et al. 2021: p(label | text) / p(label | the template's end alone)
-        "median": decision_boundary(torch.from_numpy(odds), calibrate=True),
-    }
+def accuracies(p: np.ndarray, labels: np.ndarray, boundary: float | None) -> np.ndarray:
+    """Accuracy of p > boundary in each row of p and labels (..., N); None is the median of the row itself."""
+    if boundary is None:
+        boundary = torch.from_numpy(p).median(dim=-1, keepdim=True).values.numpy()  # the lower middle value
+    return ((p > boundary) == labels).mean(axis=-1)
 
 
 def sentiment() -> None:
-    """3.5, 3.6: every template with every pair of label words under every rule, on the bundled reviews."""
+    """3.5, 3.6: three decision boundaries on the same resamples of the reviews, and on the ends of reviews."""
     trained = load(SHIPPED)
-    tokenizer, n_positions = trained.tokenizer, trained.model.n_positions
-    longest = max(TEMPLATES.values(), key=lambda text: len(tokenizer.encode_ordinary(text)))
+    tokenizer = trained.tokenizer
+
+    def prompts(texts) -> list[str]:
+        return [YELP_TEMPLATE.format(text=text) for text in texts]
+
+    def p_of(texts) -> np.ndarray:
+        logits = score(trained.model, "cpu", tokenizer, prompts(texts), 32)
+        return p_positive(logits, [tokenizer.encode_single_token(YELP_LABEL_MAP[i]) for i in (0, 1)]).numpy()
 
     def fits(text: str) -> bool:
-        return len(tokenizer.encode_ordinary(longest.format(text=text))) <= n_positions
+        return len(tokenizer.encode_ordinary(*prompts([text]))) <= trained.model.n_positions
 
-    reviews = load_reviews("sample", 1000, fits=fits)
-    labels = np.array(reviews.labels)
-    rows, draw = [], np.random.default_rng(0).integers(len(labels), size=(N_RESAMPLES, len(labels)))
-    for template_name, template in TEMPLATES.items():
-        texts = [template.format(text=text) for text in (*reviews.texts, *CONTENT_FREE)]
-        end = template.partition("{text}")[2].lstrip("\n")  # "Overall, the place was"
-        logits = score(trained.model, "cpu", tokenizer, [*texts, end], 64)
-        for words_name, words in WORDS.items():
-            all_odds = log_odds(logits, tokenizer, words)
-            odds, empty, premise = all_odds[: len(labels)], all_odds[len(labels) : -1], all_odds[-1]
-            aucs = [area_under_roc(odds[rows_], labels[rows_]) for rows_ in draw[:500]]
-            row = {
-                "template": template_name,
-                "words": words_name,
-                "auc": area_under_roc(odds, labels),
-                "auc-interval": np.quantile(aucs, [0.025, 0.975]).tolist(),
-                "rules": {},
-            }
-            drawn = [(odds[i], labels[i], boundaries(odds[i], empty, premise)) for i in draw]
-            for rule, boundary in boundaries(odds, empty, premise).items():
-                resampled = [((some > limits[rule]) == truth).mean() for some, truth, limits in drawn]
-                row["rules"][rule] = {
-                    "accuracy": float(((odds > boundary) == labels).mean()),
-                    "interval": np.quantile(resampled, [0.025, 0.975]).tolist(),
-                    "boundary": 1 / (1 + math.exp(-boundary)),
-                    "positive-share": float((odds > boundary).mean()),
-                }
-            rows.append(row)
-            if (template_name, words_name) == ("Yelp", "bad / good"):
-                p = 1 / (1 + np.exp(-odds))
-    keep("3.6", {"reviews": reviews.name, "n": len(labels), "positive": int(labels.sum()), "rows": rows})
+    reviews = load_reviews(None, 1000, fits=fits)
+    labels, p = np.array(reviews.labels), p_of(reviews.texts)
+    drawn = resamples(labels)
+    boundaries = {
+        "0.5": 0.5,
+        "median": decision_boundary(torch.from_numpy(p), calibrate=True),
+        "contextual": float(p_of(CONTENT_FREE).mean()),
+    }
+    resampled = {
+        rule: accuracies(p[drawn], labels[drawn], None if rule == "median" else boundary)
+        for rule, boundary in boundaries.items()
+    }
+    rules = {}
+    for rule, boundary in boundaries.items():
+        accuracy = accuracies(p, labels, boundary)
+        difference = accuracy - accuracies(p, labels, boundaries["median"])
+        rules[rule] = {
+            "boundary": boundary,
+            "positive-share": float((p > boundary).mean()),
+            "accuracy": with_interval(accuracy, resampled[rule]),
+            "minus-median": with_interval(difference, resampled[rule] - resampled["median"]),
+        }
+    last_tokens = {}
+    for k in LAST_TOKENS:
+        ends = p_of(tokenizer.decode(tokenizer.encode_ordinary(text)[-k:]) for text in reviews.texts)
+        accuracy = accuracies(ends, labels, decision_boundary(torch.from_numpy(ends), calibrate=True))
+        last_tokens[k] = with_interval(accuracy, accuracies(ends[drawn], labels[drawn], None))
+    aucs = [area_under_roc(p[rows], labels[rows]) for rows in drawn]
+    result = {
+        "reviews": reviews.name,
+        "n": len(labels),
+        "positive": float(labels.mean()),
+        "auc": with_interval(area_under_roc(p, labels), np.array(aucs)),
+        "rules": rules,
+        "last-tokens": last_tokens,
+    }
+    keep("3.5", result)
     lines = [f"{value:.5f},{label}\n" for value, label in zip(p, labels, strict=True)]
-    write_atomically(RESULTS / "3.6.csv", "p-positive,label\n" + "".join(lines))
+    write_atomically(RESULTS / "3.5.csv", "p-positive,label\n" + "".join(lines))
 
 
-MEASURE = {"2.6": ship, "3.2": temperatures, "3.3": more_training, "3.6": sentiment}
+MEASURE = {"2.6": ship, "3.2": temperatures, "3.5": sentiment}

@@ -1,30 +1,28 @@
-"""Repeat the experiments of report/answers.md, and put their figures and tables into place. From the root:
+"""Repeat the experiments of report/answers.tex and compile the answers. From the root:
 
-    python report/reproduce.py 2.5                     train what is not trained yet, measure, draw
-    python report/reproduce.py 2.5 --draw              draw again from report/results, without any training
-    python report/reproduce.py all --draw
-    python report/reproduce.py train 1.1-untied --seed 1         one run by itself
-    python report/reproduce.py pdf                     report/answers.pdf (needs pandoc and TeX, see below)
+    python report/reproduce.py 2.5             train what is not trained yet, measure everything, draw
+    python report/reproduce.py 2.5 --fresh     train everything again
+    python report/reproduce.py 2.5 --draw      only draw again from report/results
+    python report/reproduce.py 3               all questions of part 3, with the model.pt that ships
+    python report/reproduce.py pdf             report/answers.pdf
 
-The data of 2.5 and 2.6 come first: data/README.md says how to build outputs/report/mixture.
+Questions: 2.2 2.3 2.4 2.5 2.6 3.2 3.5 (with 3.6), a part of the homework, or all. The data of 2.2, 2.5 and 2.6
+come first: data/README.md says how to build outputs/report/mixture.
 
-Questions: 1.1 2.2 2.3 2.4 2.5 2.6 gpt2 3.2 3.3 3.6. A run is a file report/configs/QUESTION-SETTING.yaml, trained
-by train.py into outputs/report/QUESTION-SETTING; an interrupted one continues. What it measured is kept in
-report/results/. A figure goes to report/figures/, a table between its two markers in report/answers.md.
-The pdf needs Debian's pandoc, texlive-latex-recommended, texlive-fonts-recommended and lmodern.
+A run is a file report/configs/SETTING.yaml, trained by train.py into outputs/report/SETTING (with -seed1 or
+-seed2 at the end for other seeds); an interrupted one resumes. What was measured goes to report/results/, and
+from there the numbers and tables of answers.tex to report/generated/, its figures to report/figures/.
+The pdf needs pdflatex: apt-get install texlive-latex-recommended texlive-fonts-recommended lmodern
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
-import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
-
-import numpy as np
-import torch
 
 REPORT = Path(__file__).resolve().parent
 ROOT = REPORT.parent
@@ -32,68 +30,53 @@ sys.path[:0] = [str(ROOT), str(REPORT)]
 
 import downstream  # noqa: E402
 import tables  # noqa: E402
-from tables import ANSWERS, CONFIGS, OUTPUTS, RESULTS  # noqa: E402
-from variants import GPT2, UntiedLM  # noqa: E402
+from tables import OUTPUTS, RESULTS  # noqa: E402
 
 import train  # noqa: E402
-from data.build import HELD_OUT, MIXTURE  # noqa: E402
-from model import DecoderLM  # noqa: E402
-from support.chunked_loss import ChunkedLanguageModelingLoss  # noqa: E402
-from support.config import load_config  # noqa: E402
-from support.errors import exit_on_user_error, require  # noqa: E402
+from data.build import MIXTURE  # noqa: E402
+from support.checkpoint import load_trained_model  # noqa: E402
+from support.errors import UserError, exit_on_user_error  # noqa: E402
 from support.files import write_atomically  # noqa: E402
 from support.metrics import read_metrics  # noqa: E402
-from support.tokenizer import get_tokenizer  # noqa: E402
-
-VARIANTS = {"1.1-untied": UntiedLM, "1.1-untied-same-count": UntiedLM, "gpt2-gpt2": GPT2, "gpt2-tuned": GPT2}
-THREE_SEEDS = (  # of all other settings there is one run
-    "1.1-tied",
-    "1.1-untied",
-    "1.1-untied-same-count",
-    "2.2-1-cosine",
-    "2.2-2-constant",
-    "2.2-3-no-warmup",
-    "gpt2-gpt2",
-    tables.RIVALS_OF,
-)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Runs
-# ---------------------------------------------------------------------------------------------------
+def planned(question: str) -> Iterator[tuple[str, int]]:
+    """(setting, seed) of the runs of a question. Those of 2.5 depend on what its first five runs measured."""
+    if question == "2.2":
+        yield from ((setting, seed) for setting in tables.SCHEDULES for seed in (0, 1))
+        return
+    yield from ((setting, 0) for setting in tables.settings(question))
+    if question == "2.5":  # so that a difference between the two means something
+        best = sorted(tables.settings("2.5"), key=lambda setting: tables.result(setting)["val-loss"])[:2]
+        yield from ((setting, seed) for setting in best for seed in (1, 2))
 
 
 def train_run(setting: str, seed: int, fresh: bool) -> None:
-    """Train report/configs/SETTING.yaml with this seed by train.py, which continues an interrupted run."""
-    argv = [str(CONFIGS / f"{setting}.yaml"), *["--fresh"] * fresh]
+    """Train report/configs/SETTING.yaml with this seed, or resume it."""
+    argv = [str(tables.CONFIGS / f"{setting}.yaml"), *["--fresh"] * fresh]
     if seed:
         argv += ["--set", f"seed={seed}", f"output_dir={OUTPUTS / tables.run_name(setting, seed)}"]
-    with mock.patch.object(train, "DecoderLM", VARIANTS.get(setting, DecoderLM)):
-        train.main(argv)
+    train.main(argv)
 
 
 def is_trained(run: str) -> bool:
-    """Whether the run's results are there, and no interrupted one stands beside them."""
+    """Whether the run has ended and no interrupted one is in its folder."""
     return (OUTPUTS / run / "eval.json").exists() and not (OUTPUTS / run / "training_state.pt").exists()
 
 
-def measure_run(setting: str, run: str) -> None:
-    """Keep what a run measured: report/results/RUN.json, and its curve, thinned, in RUN.csv."""
+def measure_run(run: str) -> None:
+    """Write what a finished run measured to report/results: RUN.json, and its thinned curve RUN.csv."""
     folder = OUTPUTS / run
-    config = load_config(str(folder / "config.yaml"))
-    model = VARIANTS.get(setting, DecoderLM)(get_tokenizer().n_vocab, **vars(config.model_config))
+    trained = load_trained_model(None, str(folder / "model.pt"))
     of_run = json.loads((folder / "run.json").read_text())
     result = {
         **json.loads((folder / "eval.json").read_text()),
         **{key: of_run[key] for key in ("flops", "seconds", "device", "torch")},
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "config": dataclasses.asdict(config),
+        "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
+        "config": dataclasses.asdict(trained.config),
     }
-    if config.data and (ROOT / config.data) == MIXTURE:  # the loss of the run itself is on held-out C4
-        model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))  # of a variant, too
-        wikipedia, loss_fn = np.load(HELD_OUT)["val"], ChunkedLanguageModelingLoss(model)
-        batches = train.sequential_batch_sampler(wikipedia, "cpu", 8, config.seq_len, drop_last=False)
-        result["wikipedia-loss"] = train.evaluate(model, batches, loss_fn=loss_fn)["val-loss"]
+    if trained.config.data and (ROOT / trained.config.data) == MIXTURE:  # val-loss is on held-out C4
+        result["wikipedia-loss"] = downstream.held_out_loss(trained, downstream.held_out_wikipedia())[0]
     write_atomically(RESULTS / f"{run}.json", json.dumps(result, indent=1) + "\n")
 
     metrics = read_metrics(folder / "metrics.csv")
@@ -103,71 +86,71 @@ def measure_run(setting: str, run: str) -> None:
     write_atomically(RESULTS / f"{run}.csv", "step,train-loss\n" + "".join(lines))
 
 
-def train_question(question: str, fresh: bool) -> None:
-    """Train and measure the runs of a question that are not there yet, all of them with `fresh`."""
-    for setting in tables.settings(question):
-        for seed in range(3 if setting in THREE_SEEDS else 1):
-            run = tables.run_name(setting, seed)
-            if fresh or not is_trained(run):
-                train_run(setting, seed, fresh)
-            if fresh or not (RESULTS / f"{run}.json").exists():
-                measure_run(setting, run)
+def run_question(question: str, fresh: bool) -> None:
+    """Train the runs that are not in outputs/report, all of them if `fresh`, and measure every one."""
+    for setting, seed in planned(question):
+        run = tables.run_name(setting, seed)
+        if fresh or not is_trained(run):
+            train_run(setting, seed, fresh)
+        measure_run(run)
+        print(f"{question}: measured outputs/report/{run} -> report/results/{run}.json")
+    if question in downstream.MEASURE:
+        downstream.MEASURE[question]()
 
 
 def draw_question(question: str) -> None:
-    """Draw the figure of a question from report/results, and put its tables into the answers."""
-    try:
-        drawn = tables.DRAW[question]()
-    except tables.NotMeasured as missing:
-        print(f"{question}: not drawn, {missing}")
-        return
-    text = ANSWERS.read_text(encoding="utf-8")
-    for name, table in drawn.items():
-        place = re.compile(rf"(<!-- begin {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
-        if not place.search(text):
-            print(f"{question}: report/answers.md has no place for '{name}':\n\n{table}")
-        text = place.sub(lambda found, table=table: f"{found[1]}\n{table}\n{found[2]}", text)
-    write_atomically(ANSWERS, text)
+    """Write the numbers, tables and figures of a question from report/results."""
+    values = tables.DRAW[question]()
+    lines = [f"\\setresult{{{name}}}{{{value}}}\n" for name, value in values.items()]
+    header = f"% Written by python report/reproduce.py {question}\n"
+    write_atomically(tables.GENERATED / f"{question}.tex", header + "".join(lines))
+
+
+def sources_digest() -> str:
+    """sha256 of everything that answers.pdf is made from; the pdf names it, so that an old one is noticed."""
+    folders = (tables.GENERATED, tables.FIGURES, tables.CONFIGS)
+    paths = [REPORT / "answers.tex", *sorted(path for folder in folders for path in folder.iterdir())]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def make_pdf() -> None:
-    """report/answers.pdf from report/answers.md."""
-    command = ["pandoc", "answers.md", "-o", "answers.pdf", "--from", "markdown-implicit_figures"]
-    subprocess.run([*command, "-V", "colorlinks=true"], cwd=REPORT, check=True)
+    """Compile report/answers.pdf, twice for the references."""
+    source = rf"\pdfobjcompresslevel=1\pdfinfo{{/Subject (sources {sources_digest()})}}\input{{answers}}"
+    outputs = ROOT / "outputs/report/tex"
+    outputs.mkdir(parents=True, exist_ok=True)
+    command = ["pdflatex", "-halt-on-error", f"-output-directory={outputs}", "-jobname=answers", source]
+    for _ in range(2):
+        try:
+            done = subprocess.run(command, cwd=REPORT, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise UserError("pdflatex is not installed; see the top of report/reproduce.py") from None
+        if done.returncode:
+            raise UserError(f"pdflatex failed, see {outputs / 'answers.log'}:\n{done.stdout[-800:]}")
+    (REPORT / "answers.pdf").write_bytes((outputs / "answers.pdf").read_bytes())
+    print("Saved to report/answers.pdf.")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Do what the module's docstring lists."""
-    parser = argparse.ArgumentParser(description="Repeat the experiments of report/answers.md.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    one = commands.add_parser("train", help="train and measure one run")
-    one.add_argument("setting", help="name of a file in report/configs, without .yaml")
-    one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--fresh", action="store_true", help="start over")
-    commands.add_parser("pdf", help="make report/answers.pdf")
-    for question in [*tables.DRAW, "all"]:
-        command = commands.add_parser(
-            question, help=f"question {question}" if question != "all" else "all of them"
-        )
-        command.add_argument("--draw", action="store_true", help="only draw again what was measured")
-        command.add_argument("--fresh", action="store_true", help="train and measure again")
+    parts = {"all": list(tables.DRAW), "pdf": []}
+    for question in tables.DRAW:
+        parts[question] = [question]
+        parts.setdefault(question[0], []).append(question)
+    parser = argparse.ArgumentParser(description="Repeat the experiments of report/answers.tex.")
+    parser.add_argument("what", choices=sorted(parts), help="a question, a part of the homework, all, or pdf")
+    parser.add_argument("--draw", action="store_true", help="only draw again what report/results holds")
+    parser.add_argument("--fresh", action="store_true", help="train again what is trained already")
     args = parser.parse_args(argv)
 
     with exit_on_user_error():
-        if args.command == "pdf":
+        for question in parts[args.what]:
+            if args.draw:
+                print(f"{question}: drawn from report/results; nothing was trained or measured")
+            else:
+                run_question(question, args.fresh)
+            draw_question(question)
+        if args.what == "pdf":
             make_pdf()
-        elif args.command == "train":
-            there = (CONFIGS / f"{args.setting}.yaml").exists()
-            require(there, f"report/configs/{args.setting}.yaml does not exist; see that folder for the names")
-            train_run(args.setting, args.seed, args.fresh)
-            measure_run(args.setting, tables.run_name(args.setting, args.seed))
-        else:
-            for question in tables.DRAW if args.command == "all" else [args.command]:
-                if not args.draw:
-                    train_question(question, args.fresh)
-                    if question in downstream.MEASURE:
-                        downstream.MEASURE[question]()
-                draw_question(question)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""From report/results to the tables and figures of the answers. Nothing here trains or loads a model."""
+"""From report/results to the numbers, tables and figures of answers.tex. Nothing here trains or loads a model.
+
+A function per question draws its figures and returns TeX by name: answers.tex shows it with \\result{NAME}. A name
+whose runs are not measured yet is left out; answers.tex asks for it with \\ifresult.
+"""
 
 import json
 import math
@@ -6,20 +10,15 @@ import re
 from pathlib import Path
 
 import numpy as np
-from figures import plot_curves, plot_fit, plot_histogram
+from figures import plot_curves, plot_histogram
 
 from support.corpus import load_corpus, unigram_entropy
 from support.tokenizer import get_tokenizer
 
 REPORT = Path(__file__).resolve().parent
-ROOT = REPORT.parent
-CONFIGS, RESULTS, ANSWERS = REPORT / "configs", REPORT / "results", REPORT / "answers.md"
+CONFIGS, RESULTS, GENERATED, FIGURES = (REPORT / name for name in ("configs", "results", "generated", "figures"))
 OUTPUTS = Path("outputs/report")  # as in the configurations, from the root
-HIGHEST_SEED = 9
-
-
-class NotMeasured(Exception):
-    """Results that a table needs are not there."""
+SCHEDULES = {"2.5-d128-l6": "cosine", "2.2-constant": "constant"}
 
 
 def settings(question: str) -> list[str]:
@@ -33,379 +32,259 @@ def run_name(setting: str, seed: int) -> str:
 
 
 def result(name: str) -> dict:
-    """report/results/NAME.json."""
+    """report/results/NAME.json, {} if there is none."""
     path = RESULTS / f"{name}.json"
-    if not path.exists():
-        raise NotMeasured(f"report/results/{name}.json is not there")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def measured(question: str) -> dict[str, dict]:
-    """Results of the measured runs of seed 0 by setting. Raises NotMeasured when there is none."""
-    found = {name: result(name) for name in settings(question) if (RESULTS / f"{name}.json").exists()}
-    if not found:
-        raise NotMeasured(f"no run {question}-* in report/results")
-    return found
+    """Results of the measured runs of seed 0, by setting."""
+    return {setting: found for setting in settings(question) if (found := result(setting))}
 
 
-def seeds(setting: str) -> list[dict]:
-    """Results of all measured seeds of a setting. Raises NotMeasured when there is none."""
-    names = [run_name(setting, seed) for seed in range(HIGHEST_SEED + 1)]
-    found = [result(name) for name in names if (RESULTS / f"{name}.json").exists()]
-    if not found:
-        raise NotMeasured(f"no run {setting} in report/results")
-    return found
+def losses_of_seeds(setting: str) -> list[float]:
+    """Validation losses of the measured seeds of a setting."""
+    runs = [result(run_name(setting, seed)) for seed in range(3)]
+    return [run["val-loss"] for run in runs if run]
 
 
-def curve(name: str) -> np.ndarray:
-    """(step, running mean of the loss), a row each, of a run."""
-    return np.loadtxt(RESULTS / f"{name}.csv", delimiter=",", skiprows=1)
+def curve(run: str) -> np.ndarray:
+    """(step, running mean of the training loss), a row each."""
+    return np.loadtxt(RESULTS / f"{run}.csv", delimiter=",", skiprows=1)
 
 
-def markdown(header: str, rows: list[tuple]) -> str:
-    """A table: the first column to the left, numbers to the right. pandoc reads its widths off the dashes."""
-    rows = [[str(cell) for cell in row] for row in [header.split(" | "), *rows]]
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    dashes = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], dashes, *rows[1:]])
+# ---------------------------------------------------------------------------------------------------
+# TeX
+# ---------------------------------------------------------------------------------------------------
+
+
+def table(header: list[str], rows: list[tuple]) -> str:
+    """The first column to the left, numbers to the right."""
+    lines = [" & ".join(map(str, row)) + r" \\" for row in rows]
+    body = " ".join([r"\toprule", " & ".join(header) + r" \\", r"\midrule", *lines, r"\bottomrule"])
+    return rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}} {body} \end{{tabular}}"
 
 
 def power_of_ten(value: float) -> str:
-    """9.99e13 for 99900000000000.0"""
-    return f"{value:.2e}".replace("e+", "e")
+    """$5.0 \\cdot 10^{13}$ for 49991300284416"""
+    digits, exponent = f"{value:.1e}".split("e")
+    return rf"${digits} \cdot 10^{{{int(exponent)}}}$"
 
 
-def mean_and_range(values: list[float], digits: int = 3) -> str:
-    """Mean with the smallest and largest value."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+def minus(value: float, digits: int) -> str:
+    """A signed number with TeX's minus."""
+    return f"${value:+.{digits}f}$"
 
 
-def model_text(config: dict) -> str:
-    """64 × 8: width times layers"""
-    return f"{config['model_config']['n_embd']} × {config['model_config']['n_layer']}"
+def tex(text: str) -> str:
+    """Generated text in one line of TeX; a character that the font lacks becomes "?"."""
+    line = text.strip().replace("\n", " / ").encode("latin-1", "replace").decode("latin-1")
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    line = "".join(c if c.isprintable() else "?" for c in line)
+    return re.sub(r"[\\~^#$%&_{}<>|]", lambda found: special.get(found[0], f"\\{found[0]}"), line)
 
 
 # ---------------------------------------------------------------------------------------------------
-# A function per question: draws its figures and returns its tables by name
+# A function per question
 # ---------------------------------------------------------------------------------------------------
-
-
-def tying() -> dict[str, str]:
-    """1.1, 1.2: tied against untied."""
-    rows = []
-    for setting, name in (
-        ("1.1-tied", "tied"),
-        ("1.1-untied", "untied, as many steps"),
-        ("1.1-untied-same-count", "untied, as many FLOPs by the formula"),
-    ):
-        runs = seeds(setting)
-        first = runs[0]
-        loss = [run["val-loss"] for run in runs]
-        steps = first["config"]["num_training_steps"]
-        rows.append(
-            (
-                name,
-                f"{first['parameters']:,}",
-                steps,
-                power_of_ten(first["flops"]),
-                len(runs),
-                mean_and_range(loss),
-            )
-        )
-    return {"1.1": markdown("output matrix | parameters | steps | FLOPs (6 N) | seeds | validation loss", rows)}
 
 
 def schedules() -> dict[str, str]:
-    """2.2: cosine against a constant rate and no warm-up."""
-    rows = []
-    for setting in settings("2.2"):
-        runs = seeds(setting)
-        c = runs[0]["config"]
-        shape = "constant" if c["max_lr"] == c["min_lr"] else f"cosine to {c['min_lr']:g}"
-        warm_up = f"{c['num_warmup_steps']} steps" if c["num_warmup_steps"] else "none"
-        loss = [run["val-loss"] for run in runs]
-        rows.append(
-            (f"{c['max_lr']:g}, {shape}", warm_up, f"{c['num_training_steps']:,}", len(runs), mean_and_range(loss))
-        )
-    return {"2.2": markdown("highest rate, annealing | warm-up | steps | seeds | validation loss", rows)}
+    """2.2: cosine against a constant rate, at the seeds that both have."""
+    runs = {(s, seed): run for s in SCHEDULES for seed in (0, 1) if (run := result(run_name(s, seed)))}
+    seeds = [seed for seed in (0, 1) if all((setting, seed) in runs for setting in SCHEDULES)]
+    if not seeds:
+        return {}
+    rows, losses = [], {name: [] for name in SCHEDULES.values()}
+    for setting, name in SCHEDULES.items():
+        for seed in seeds:
+            points = curve(run_name(setting, seed))
+            last = points[points[:, 0] >= 0.9 * points[-1, 0], 1].mean()
+            loss = runs[setting, seed]["val-loss"]
+            losses[name].append(loss)
+            rows.append((name, seed, f"{last:.3f}", f"{loss:.3f}", f"{math.exp(loss):.0f}"))
+    header = ["rate", "seed", "training loss, last tenth", "validation loss", "perplexity"]
+    gaps = np.subtract(losses["constant"], losses["cosine"])
+    return {
+        "2.2-table": table(header, rows),
+        "2.2-gap": " and ".join(minus(gap, 3) for gap in gaps),
+        "2.2-flops": power_of_ten(runs["2.2-constant", 0]["flops"]),
+        "2.2-rate": f"{runs['2.2-constant', 0]['config']['max_lr']:g}",
+    }
 
 
 def lengths() -> dict[str, str]:
     """2.3: GPT-tiny for 2,000, 4,000 and 8,000 steps."""
     runs = sorted(measured("2.3").items(), key=lambda item: item[1]["flops"])
-    rows, before = [], None
-    for _, r in runs:
-        loss, steps = r["val-loss"], r["config"]["num_training_steps"]
-        gain = f"{before - loss:.3f}" if before else "–"
-        row = (f"{steps:,}", power_of_ten(r["flops"]), f"{loss:.3f}", f"{r['val-perplexity']:.0f}", gain)
-        rows.append((*row, f"{r['seconds'] / 60:.0f}"))
-        before = loss
-    curves = {f"{r['config']['num_training_steps']:,} steps": curve(name) for name, r in runs}
-    dots = {f"{r['config']['num_training_steps']:,} steps": r["val-loss"] for _, r in runs}
-    plot_curves("2.3-GPT-tiny.png", curves, top=9.0, dots=dots)
-    return {"2.3": markdown("steps | FLOPs | validation loss | perplexity | gained by doubling | minutes", rows)}
+    rows, curves, ends, before = [], {}, {}, math.nan
+    for name, run in runs:
+        steps, loss = f"{run['config']['num_training_steps']:,}", run["val-loss"]
+        gain = "" if math.isnan(before) else f"{before - loss:.3f}"
+        rows.append((steps, f"{loss:.3f}", f"{math.exp(loss):.0f}", gain))
+        curves[f"{steps} steps"], ends[f"{steps} steps"], before = curve(name), loss, loss
+    if not rows:
+        return {}
+    plot_curves(FIGURES / "2.3-GPT-tiny.pdf", curves, ends)
+    third, last = (part[:, 1].mean() for part in np.array_split(curve(runs[0][0])[50:], 4)[2:])
+    values = {"2.3-loss": rows[0][1], "2.3-perplexity": rows[0][2], "2.3-falling": f"{third - last:.3f}"}
+    if len(rows) > 1:
+        header = ["steps", "validation loss", "perplexity", "gained by doubling"]
+        values |= {"2.3-table": table(header, rows), "2.3-longest": rows[-1][0], "2.3-gain": rows[-1][3]}
+    return values
 
 
-FAULTS = {  # of 2.4, in the order of the table; the first three are drawn thick
-    "expected": "expected",
-    "low-rate": "case 1: rate / 6.7",
-    "high-rate": "case 2: × 500, no warm-up",
-    "long-warmup": "warm-up as long as the run",
-    "few-steps": "a sixth of the steps",
-    "small-batch": "a quarter of the batch",
-    "high-rate-warmup": "rate × 500 with warm-up",
-    "no-warmup": "no warm-up, right rate",
-}
-LEVELS = (10.0, 8.4, 7.9)
-
-
-def first_below(losses: np.ndarray, level: float) -> float:
-    """The step at which the running mean first falls below a level; NaN if it never does."""
-    below = np.flatnonzero(losses[:, 1] < level)
-    return float(losses[below[0], 0]) if len(below) else math.nan
+FAULTS = {"2.4-expected": "expected", "2.4-low-rate": "case 1", "2.4-high-rate": "case 2"}
 
 
 def faults() -> dict[str, str]:
-    """2.4: the two broken runs of figure 3, and other explanations."""
-    curves = {key: curve(f"2.4-{key}") for key in FAULTS if (RESULTS / f"2.4-{key}.csv").exists()}
-    if "expected" not in curves:
-        raise NotMeasured("no run 2.4-expected in report/results")
-    reference = [first_below(curves["expected"], level) for level in LEVELS]
-    rows = []
-    for key, losses in curves.items():
-        c = result(f"2.4-{key}")["config"]
-        steps = [first_below(losses, level) for level in LEVELS]
-        cells = [
-            "never" if math.isnan(s) else f"{s:.0f}" + (f" (×{s / r:.1f})" if key != "expected" else "")
-            for s, r in zip(steps, reference, strict=True)
-        ]
-        setup = f"{c['max_lr']:g}", c["num_warmup_steps"]
-        rows.append((FAULTS[key], *setup, *cells, f"{losses[:12, 1].max():.1f}", f"{losses[-1, 1]:.2f}"))
+    """2.4: the two broken runs of the handout's figure 3, made anew."""
+    if measured("2.4").keys() < FAULTS.keys():
+        return {}
+    curves = {name: curve(setting) for setting, name in FAULTS.items()}
+    rates = {name: result(setting)["config"]["max_lr"] for setting, name in FAULTS.items()}
     n_vocab = get_tokenizer().n_vocab
-    unigram = unigram_entropy(load_corpus("sample", n_vocab).train, n_vocab)
+    unigrams = unigram_entropy(load_corpus("sample", n_vocab).train, n_vocab)
+    labels = {name: f"{name}: rate {rates[name]:g}" for name in curves}
     plot_curves(
-        "2.4-faults.png",
-        {FAULTS[key]: losses for key, losses in curves.items()},
-        levels={"unigram entropy": unigram},
-        thick=3,
+        FIGURES / "2.4-faults.pdf",
+        {labels[name]: points for name, points in curves.items()},
+        level=(f"word frequencies alone: {unigrams:.2f}", unigrams),
         log_x=True,
     )
-    header = "run | rate | warm-up | 10.0 at step | 8.4 at step | 7.9 at step | peak | end"
-    return {"2.4": markdown(header, rows)}
+    late = [first_below(curves["case 1"], level) / first_below(curves["expected"], level) for level in (10, 9)]
+    end = curves["case 2"][:, 0] >= 200
+    return {
+        "2.4-slower": f"{rates['expected'] / rates['case 1']:.1f}",
+        "2.4-late": " and ".join(f"{ratio:.1f}" for ratio in late),
+        "2.4-faster": f"{rates['case 2'] / rates['expected']:.0f}",
+        "2.4-peak": f"{curves['case 2'][:, 1].max():.0f}",
+        "2.4-plateau": f"{curves['case 2'][end, 1].mean():.1f}",
+        "2.4-unigrams": f"{unigrams:.1f}",
+    }
 
 
-def run_cells(r: dict) -> tuple:
-    """The first columns of the tables of 2.5 and 2.6: what was trained."""
-    c = r["config"]
-    tokens = c["batch_size"] * c["seq_len"] * c["grad_accumulation_steps"]
-    return (
-        model_text(c),
-        f"{r['parameters'] / 1e6:.2f} M",
-        f"{c['max_lr']:g}",
-        f"{c['num_training_steps']:,} × {tokens:,}",
-        power_of_ten(r["flops"]),
-    )
-
-
-RUN_HEADER = "width × layers | parameters | max lr | steps × tokens | FLOPs"
-
-
-def best_tuned() -> str:
-    """The setting of 2.5 with the lowest loss on held-out C4."""
-    runs = measured("2.5")
-    return min(runs, key=lambda name: runs[name]["val-loss"])
+def first_below(losses: np.ndarray, level: float) -> float:
+    """The first step whose running mean is below a level."""
+    return losses[np.flatnonzero(losses[:, 1] < level)[0], 0]
 
 
 def tuning() -> dict[str, str]:
-    """2.5: settings at an equal budget, the best first; the best one's YAML."""
+    """2.5: settings at one budget, the best first, by the mean over the measured seeds."""
     runs = measured("2.5")
+    losses = {name: losses_of_seeds(name) for name in runs}
+    ranked = sorted(runs, key=lambda name: np.mean(losses[name]))
     rows = []
-    for name in sorted(runs, key=lambda name: runs[name]["val-loss"]):
-        of_seeds = seeds(name)
-        loss = [r["val-loss"] for r in of_seeds]
-        wikipedia = [r["wikipedia-loss"] for r in of_seeds]
-        perplexities = f"{math.exp(np.mean(loss)):.0f}", f"{math.exp(np.mean(wikipedia)):.0f}"
-        rows.append((*run_cells(runs[name]), len(of_seeds), mean_and_range(loss), *perplexities))
-    plot_curves("2.5-tuning.png", {name: curve(name) for name in runs}, top=8.0, x="FLOPs", flops=runs)
-    header = f"{RUN_HEADER} | seeds | loss on C4 | perplexity | on Wikipedia"
-    yaml_text = (CONFIGS / f"{best_tuned()}.yaml").read_text(encoding="utf-8")
-    return {"2.5": markdown(header, rows), "2.5-yaml": f"```yaml\n{yaml_text}```\n"}
-
-
-def final_row(r: dict) -> tuple:
-    """What the table of 2.6 says of a run."""
-    return (
-        *run_cells(r),
-        f"{r['val-loss']:.3f}",
-        f"{r['val-perplexity']:.0f}",
-        f"{math.exp(r['c4-loss']):,.0f}",
-        f"{r['seconds'] / 60:.0f}",
-    )
-
-
-FINAL_HEADER = f"{RUN_HEADER} | val loss | perplexity | on C4 | minutes"
-
-
-def fit_power_law(flops: np.ndarray, loss: np.ndarray, floor: float, at: float) -> tuple[float, float, float]:
-    """Loss at `at` FLOPs by floor + a C^-b, least squares in the logarithms, and its 95% prediction interval."""
-    x, y = np.log(flops), np.log(loss - floor)
-    n, x_mean = len(x), np.log(flops).mean()
-    slope, intercept = np.polyfit(x, y, 1)
-    residual = y - (slope * x + intercept)
-    s2 = (residual**2).sum() / (n - 2)
-    width = STUDENT_T[n - 2] * math.sqrt(
-        s2 * (1 + 1 / n + (math.log(at) - x_mean) ** 2 / ((x - x_mean) ** 2).sum())
-    )
-    middle = slope * math.log(at) + intercept
-    return tuple(floor + math.exp(v) for v in (middle, middle - width, middle + width))
-
-
-STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}  # 97.5% quantiles by degrees of freedom
-FLOORS = (0.0, 1.69)  # no floor, and the one that Hoffmann et al. 2022 fitted for their data and vocabulary
+    for name in ranked:
+        c = runs[name]["config"]
+        loss = losses[name]
+        spread = f"{min(loss):.3f} to {max(loss):.3f}" if len(loss) > 1 else ""
+        row = f"{c['model_config']['n_embd']} × {c['model_config']['n_layer']}", f"{c['max_lr']:g}"
+        row += f"{runs[name]['parameters'] / 1e6:.2f}", f"{c['num_training_steps']:,}", len(loss)
+        rows.append((*row, f"{np.mean(loss):.3f}", spread, f"{math.exp(np.mean(loss)):.0f}"))
+    header = ["width × layers", "max. rate", "M parameters", "steps", "seeds", "loss", "range", "perplexity"]
+    best, second = ranked[:2]
+    values = {
+        "2.5-table": table(header, rows),
+        "2.5-best": best,
+        "2.5-best-shape": rows[0][0],
+        "2.5-best-rate": rows[0][1],
+        "2.5-best-loss": rows[0][5],
+        "2.5-best-perplexity": rows[0][7],
+        "2.5-gap": f"{np.mean(losses[second]) - np.mean(losses[best]):.3f}",
+        "2.5-flops": power_of_ten(runs[best]["flops"]),
+    }
+    spreads = [max(losses[name]) - min(losses[name]) for name in ranked if len(losses[name]) > 1]
+    if spreads:
+        values["2.5-spread"] = f"{max(spreads):.3f}"
+    for key, of in {
+        "rate": lambda c: (c["model_config"], c["max_lr"]),
+        "width": lambda c: (c["max_lr"], c["model_config"]["n_embd"]),
+    }.items():
+        fixed, value = of(runs[best]["config"])
+        tried = [v for f, v in (of(run["config"]) for run in runs.values()) if key == "width" or f == fixed]
+        if min(tried) < value < max(tried):
+            values[f"2.5-{key}-bracketed"] = f"{min(tried):g} to {max(tried):g}"
+    return values
 
 
 def final() -> dict[str, str]:
-    """2.6: the final run, the model's losses over FLOPs and what they predict for 1e17."""
-    last = result("2.6-final")
-    of_model: dict[int, dict] = {}  # the best run at each budget
-    for r in measured("2.6").values():
-        budget = round(math.log10(r["flops"]) * 4)
-        if r["config"]["model_config"] == last["config"]["model_config"] and (
-            budget not in of_model or r["val-loss"] < of_model[budget]["val-loss"]
-        ):
-            of_model[budget] = r
-    runs = sorted(of_model.values(), key=lambda r: r["flops"])
-    if len(runs) < 3:
-        raise NotMeasured("the power law needs three budgets of the final model")
-    flops = np.array([r["flops"] for r in runs])
-    losses = {
-        "held-out Wikipedia": np.array([r["val-loss"] for r in runs]),
-        "C4": np.array([r["c4-loss"] for r in runs]),
-    }
-    rows, fits = [], {}
-    for data, loss in losses.items():
-        for floor in FLOORS:
-            middle, low, high = fit_power_law(flops, loss, floor, 1e17)
-            perplexities = [f"{math.exp(v):,.0f}" for v in (middle, low, high)]
-            rows.append((data, f"{floor:g}", f"{middle:.2f}", perplexities[0], " to ".join(perplexities[1:])))
-            fits[data, floor] = [
-                (c, fit_power_law(flops, loss, floor, c)[0]) for c in np.geomspace(flops[0], 1e17, 50)
-            ]
-    plot_fit("2.6-scaling.png", flops, losses, fits)
-    plot_curves("2.6-final.png", {"final run": curve("2.6-final")}, top=8.0, dots={"final run": last["val-loss"]})
-    header = "evaluated on | floor (nats) | loss at 1e17 | perplexity | 95% prediction interval"
-    tables = {"2.6": markdown(FINAL_HEADER, [final_row(r) for r in runs]), "2.6-fit": markdown(header, rows)}
+    """2.6: the model that ships."""
     file = result("model-file")
-    loss = file["val-loss"]
-    rows = [(f"{file['bytes']:,}", f"{loss['float32']:.4f}", f"{loss['bfloat16']:.4f}")]
-    tables["2.6-file"] = markdown("bytes of model.pt | loss before storing | loss of model.pt", rows)
-    return tables
-
-
-RIVALS_OF = "2.6-1e14"  # the configurations gpt2-* are its own but for the model and the rate
-
-
-def against_gpt2() -> dict[str, str]:
-    """2.6: ours against the GPT-2 of transformers at equal FLOPs, data and batches."""
-    rows = []
-    for setting, name in (
-        (RIVALS_OF, "DecoderLM, tuned"),
-        ("gpt2-gpt2", "GPT-2, usual settings"),
-        ("gpt2-tuned", "GPT-2, our rate"),
-    ):
-        if (RESULTS / f"{setting}.json").exists():
-            runs = seeds(setting)
-            loss, c4 = [r["val-loss"] for r in runs], [r["c4-loss"] for r in runs]
-            perplexity = f"{math.exp(np.mean(loss)):.0f}", f"{math.exp(np.mean(c4)):,.0f}"
-            first = f"{runs[0]['config']['max_lr']:g}", f"{runs[0]['parameters'] / 1e6:.2f} M"
-            rows.append((name, *first, len(runs), mean_and_range(loss), *perplexity))
-    measured("gpt2")  # says so when there is none
-    header = "model | highest rate | parameters | seeds | validation loss | perplexity | on C4"
-    return {"gpt2": markdown(header, rows)}
+    values = {}
+    for name in ("c4", "wikipedia"):
+        loss, *interval = file[f"{name}-loss"]
+        values[f"2.6-{name}-loss"] = f"{loss:.3f}"
+        values[f"2.6-{name}-perplexity"] = f"{math.exp(loss):.0f}"
+        values[f"2.6-{name}-interval"] = " to ".join(f"{math.exp(end):.0f}" for end in interval)
+    return values | {
+        "2.6-shape": f"{file['n_embd']} × {file['n_layer']}",
+        "2.6-parameters": f"{file['parameters'] / 1e6:.2f}",
+        "2.6-tokens": f"{file['tokens'] / 1e6:.1f}",
+        "2.6-steps": f"{file['steps']:,}",
+        "2.6-rate": f"{file['max_lr']:g}",
+        "2.6-flops": power_of_ten(file["flops"]),
+        "2.6-share": f"{1e17 / file['flops']:.0f}",
+    }
 
 
 def generations() -> dict[str, str]:
-    """3.2: numbers and texts at each temperature."""
+    """3.2: numbers at each temperature, and texts."""
     r = result("3.2")
-    keys = ("distinct-1", "distinct-2", "distinct-3", "entropy", "entropy-sampled", "perplexity")
     rows = []
     for name, m in r["measured"].items():
-        digits = [f"{m[key]:.2f}" for key in keys[:-1]] + [f"{m['perplexity']:,.1f}"]
-        rows.append(("held-out pages" if name == "people" else name, m["texts"], *digits))
-    header = "temperature | texts | distinct-1 | -2 | -3 | entropy | after temperature | perplexity"
+        new, loss, entropy = f"{m['distinct-3']:.0%}", f"{m['loss']:.1f}", f"{m['entropy']:.1f}"
+        rows.append((name, m["texts"], new.replace("%", r"\%"), loss, entropy))
+    header = ["temperature", "texts", "new trigrams", "loss of the text", "entropy sampled from"]
     texts = []
     for i, prefix in enumerate(r["prefixes"]):
-        texts.append(f"*{prefix}* …\n")
-        texts += [f"- {name}: {plain(shown[i])}" for name, shown in r["texts"].items()]
-        texts.append("")
-    return {"3.2": markdown(header, rows), "3.2-texts": "\n".join(texts)}
-
-
-def plain(text: str) -> str:
-    """Generated text on one line, escaped for Markdown; a character that TeX's fonts may lack becomes "?"."""
-    line = text.strip().replace("\n", " / ").encode("latin-1", "replace").decode("latin-1")
-    return re.sub(r"([!-/:-@[-`{-~])", r"\\\1", "".join(c if c.isprintable() else "?" for c in line))
-
-
-def more_training() -> dict[str, str]:
-    """3.3: a tenth of the training against all of it."""
-    rows = []
-    for name, m in result("3.3").items():
-        rows.append(
-            (
-                name,
-                f"{math.exp(m['val-loss']):.0f}",
-                f"{m['greedy']['distinct-3']:.2f}",
-                f"{m['sampled']['distinct-3']:.2f}",
-                f"{m['sampled']['entropy']:.2f}",
-                f"{m['people']['perplexity']:.0f}",
-            )
-        )
-    header = (
-        "FLOPs | held-out perplexity | distinct-3, greedy | at 1.0 | entropy at 1.0 | perplexity of people's texts"
-    )
-    return {"3.3": markdown(header, rows)}
-
-
-def plus_minus(value: float, interval: list[float], scale: float, digits: int) -> str:
-    """A value with half the width of its 95% interval."""
-    return f"{scale * value:.{digits}f} ± {scale * (interval[1] - interval[0]) / 2:.{digits}f}"
-
-
-RULES = ("0.5", "contextual", "PMI", "median")
+        shown = " ".join(rf"\continuation{{{t}}}{{{tex(texts[i])}}}" for t, texts in r["texts"].items())
+        texts.append(rf"\prompt{{{tex(prefix)}}} {shown}")
+    values = {"3.2-table": table(header, rows)}
+    values |= {"3.2-texts": " ".join(texts[: r["bundled"]]), "3.2-own-texts": " ".join(texts[r["bundled"] :])}
+    for name, m in r["measured"].items():
+        key = name.replace(" ", "-")
+        values[f"3.2-loss-{key}"] = f"{m['loss']:.1f}"
+        values[f"3.2-new-{key}"] = f"{100 * m['distinct-3']:.0f}\\%"
+        values[f"3.2-choices-{key}"] = f"{math.exp(m['entropy']):,.0f}"
+    return values
 
 
 def sentiment() -> dict[str, str]:
-    """3.5, 3.6: the shipped model's accuracies; its histogram of p(positive)."""
-    r = result("3.6")
-    rows = []
-    for row in r["rows"]:
-        cells = [plus_minus(m["accuracy"], m["interval"], 100, 1) for m in (row["rules"][rule] for rule in RULES)]
-        rows.append((row["template"], row["words"], *cells, plus_minus(row["auc"], row["auc-interval"], 1, 3)))
-    first = r["rows"][0]["rules"]
-    p, labels = np.loadtxt(RESULTS / "3.6.csv", delimiter=",", skiprows=1).T
-    plot_histogram("3.6-p-positive.png", p, labels, {rule: first[rule]["boundary"] for rule in RULES})
-    brief = [
-        (rule, f"{first[rule]['boundary']:.3f}", f"{100 * first[rule]['positive-share']:.1f}", accuracy)
-        for rule, accuracy in zip(RULES, rows[0][2:6], strict=True)
-    ]
-    return {
-        "3.5": markdown("boundary by | p(positive) above | called positive (%) | accuracy (%)", brief),
-        "3.6": markdown(f"template | label words | {' | '.join(RULES)} | AUC", rows),
-    }
+    """3.5 and 3.6: accuracies with their 95% intervals, and the histogram of p(positive)."""
+    r = result("3.5")
+
+    def percent(values: list[float]) -> str:
+        """Accuracy and interval; a rule whose interval is a point gave every resample the same."""
+        value, low, high = (100 * v for v in values)
+        return f"{value:.1f}\\%" + (f" ({low:.1f} to {high:.1f})" if high > low else "")
+
+    rows, values = [], {"3.5-reviews": tex(r["reviews"]), "3.5-n": f"{r['n']:,}"}
+    for name, m in r["rules"].items():
+        difference = (
+            "" if name == "median" else "{} ({} to {})".format(*(minus(100 * v, 1) for v in m["minus-median"]))
+        )
+        called = f"{100 * m['positive-share']:.1f}\\%"
+        rows.append((name, f"{m['boundary']:.3f}", called, percent(m["accuracy"]), difference))
+        values |= {f"3.5-{name}": percent(m["accuracy"]), f"3.5-{name}-called": called}
+        values[f"3.5-{name}-boundary"] = f"{m['boundary']:.3f}"
+    header = ["boundary", "p above", "called positive", "accuracy", "points against the median"]
+    values["3.5-table"] = table(header, rows)
+    values["3.5-auc"] = "{:.3f} ({:.3f} to {:.3f})".format(*r["auc"])
+    values["3.5-majority"] = f"{100 * max(r['positive'], 1 - r['positive']):.1f}\\%"
+    for k, accuracy in r["last-tokens"].items():
+        values[f"3.5-last-{k}"] = percent(accuracy)
+    p, labels = np.loadtxt(RESULTS / "3.5.csv", delimiter=",", skiprows=1).T
+    boundaries = {name: m["boundary"] for name, m in r["rules"].items()}
+    plot_histogram(FIGURES / "3.5-p-positive.pdf", p, labels, boundaries)
+    return values
 
 
 DRAW = {
-    "1.1": tying,
     "2.2": schedules,
     "2.3": lengths,
     "2.4": faults,
     "2.5": tuning,
     "2.6": final,
-    "gpt2": against_gpt2,
     "3.2": generations,
-    "3.3": more_training,
-    "3.6": sentiment,
+    "3.5": sentiment,
 }

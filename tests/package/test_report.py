@@ -1,20 +1,23 @@
-"""The report: its configurations, the models that it compares with, and that its tables come from its results."""
+"""The report: the answers show what report/results holds, and the statistics are right."""
 
+import dataclasses
+import json
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from test_configs import flops
 
 import train
-from model import DecoderLM
-from support.chunked_loss import ChunkedLanguageModelingLoss
 from support.config import load_config
 
-REPORT = Path(train.__file__).parent / "report"
+ROOT = Path(train.__file__).parent
+REPORT = ROOT / "report"
 CONFIGS = sorted((REPORT / "configs").glob("*.yaml"))
+ANSWERS = (REPORT / "answers.tex").read_text(encoding="utf-8")
+RUN_AGAIN = "run python report/reproduce.py all --draw && python report/reproduce.py pdf, and commit"
 
 
 @pytest.fixture(scope="module")
@@ -29,74 +32,154 @@ def reproduce():
         sys.path.remove(str(REPORT))
 
 
+# ---------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configuration_loads_and_names_its_own_folder(path):
     assert load_config(str(path)).output_dir == f"outputs/report/{path.stem}"
 
 
-def test_settings_of_2_5_have_one_budget():
+def test_settings_of_2_5_and_2_2_have_one_budget():
     settings = [path for path in CONFIGS if path.stem.startswith("2.5-")]
     assert 3 <= len(settings) <= 5, "question 2.5 asks for at most five settings"
-    for path in settings:
+    for path in [*settings, REPORT / "configs/2.2-constant.yaml"]:
         assert 0.99 * 5e13 < flops(load_config(str(path))) <= 5e13, path.name
 
 
-def test_every_question_with_configurations_has_a_table(reproduce):
-    questions = {path.stem.partition("-")[0] for path in CONFIGS}
-    assert questions <= set(reproduce.tables.DRAW)
+def differences(one: str, other: str) -> set[str]:
+    """The keys in which two configurations differ, but for where they write and run."""
+    first, second = (dataclasses.asdict(load_config(str(ROOT / path))) for path in (one, other))
+    return {key for key in first if first[key] != second[key]} - {"output_dir", "device", "data"}
 
 
-def test_draw_gives_the_committed_tables_and_figures(reproduce, tmp_path, monkeypatch):
-    copy = tmp_path / "answers.md"
-    committed = (REPORT / "answers.md").read_text(encoding="utf-8")
-    copy.write_text(re.sub(r"(<!-- begin (\S+) -->\n).*?(?=<!-- end \2 -->)", r"\1", committed, flags=re.DOTALL))
-    monkeypatch.setattr(reproduce, "ANSWERS", copy)
-    monkeypatch.setattr(sys.modules["figures"], "FIGURES", tmp_path)
+def test_compared_runs_differ_only_in_what_is_compared():
+    assert not differences("report/configs/2.3-2000.yaml", "configs/GPT-tiny.yaml")
+    assert differences("report/configs/2.3-4000.yaml", "configs/GPT-tiny.yaml") == {"num_training_steps"}
+    assert differences("report/configs/2.2-constant.yaml", "report/configs/2.5-d128-l6.yaml") == {"min_lr"}
+
+
+@pytest.mark.parametrize("path", sorted((REPORT / "results").glob("2.*.json")), ids=lambda path: path.stem)
+def test_result_is_of_the_committed_configuration(path):
+    setting, _, seed = path.stem.partition("-seed")
+    expected = dataclasses.asdict(load_config(str(REPORT / f"configs/{setting}.yaml")))
+    expected |= {"output_dir": f"outputs/report/{path.stem}", "seed": int(seed or 0)}
+    assert json.loads(path.read_text())["config"] == expected, "run python report/reproduce.py QUESTION --fresh"
+
+
+def test_what_is_trained_is_measured_and_replaces_the_result(reproduce, tmp_path, monkeypatch, capsys):
+    tokens = np.random.default_rng(0).integers(50257, size=400).astype(np.uint16)
+    np.savez(tmp_path / "tokens.npz", train=tokens, val=tokens)
+    configs, results = tmp_path / "configs", tmp_path / "results"
+    configs.mkdir(), results.mkdir()
+    (configs / "2.6-final.yaml").write_text(
+        f"output_dir: {tmp_path}/2.6-final\ntokenizer_encoding: gpt2\ndevice: cpu\ndata: {tmp_path}/tokens.npz\n"
+        "model_config: {n_embd: 2, n_head: 1, n_positions: 8, n_layer: 1}\nbatch_size: 2\nseq_len: 8\n"
+        "num_warmup_steps: 1\nnum_training_steps: 3\ngrad_accumulation_steps: 1\nmin_lr: 1e-4\nmax_lr: 1e-3\n"
+    )
+    for module, name, path in (
+        (reproduce.tables, "CONFIGS", configs),
+        (reproduce.tables, "RESULTS", results),
+        (reproduce, "RESULTS", results),
+        (reproduce, "OUTPUTS", tmp_path),
+    ):
+        monkeypatch.setattr(module, name, path)
+    drawn, shipped = [], []
+    monkeypatch.setattr(reproduce, "draw_question", drawn.append)
+    monkeypatch.setitem(reproduce.downstream.MEASURE, "2.6", lambda: shipped.append("2.6"))
+    result = results / "2.6-final.json"
+
+    for fresh in (False, False, True):  # the committed result of another machine, then of the run in outputs
+        result.write_text('{"val-loss": 99.0}')
+        reproduce.main(["2.6", *["--fresh"] * fresh])
+        assert 10 < json.loads(result.read_text())["val-loss"] < 12, "the run was not measured"
+        assert len((results / "2.6-final.csv").read_text().splitlines()) == 1 + 3
+    assert drawn == shipped == ["2.6"] * 3
+    capsys.readouterr()
+    result.write_text('{"val-loss": 99.0}')
+    reproduce.main(["2.6", "--draw"])
+    assert "nothing was trained or measured" in capsys.readouterr().out
+    assert json.loads(result.read_text()) == {"val-loss": 99.0} and shipped == ["2.6"] * 3
+
+
+# ---------------------------------------------------------------------------------------------------
+# Text and results
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_draw_gives_the_committed_numbers_tables_and_figures(reproduce, tmp_path, monkeypatch):
+    for folder in ("GENERATED", "FIGURES"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.setattr(reproduce.tables, folder, tmp_path / folder)
     reproduce.main(["all", "--draw"])
-    assert copy.read_text(encoding="utf-8") == committed, "run python report/reproduce.py all --draw and commit"
-    names = set(re.findall(r"\]\(figures/([^)]+)\)", committed))
-    assert names <= {path.name for path in tmp_path.iterdir()}, "a figure of the answers is drawn by nothing"
-    assert all((REPORT / "figures" / name).exists() for name in names)
+    for name, folder in (("generated", "GENERATED"), ("figures", "FIGURES")):
+        committed = {path.name for path in (REPORT / name).iterdir()}
+        assert {path.name for path in (tmp_path / folder).iterdir()} == committed, RUN_AGAIN
+    for path in (tmp_path / "GENERATED").iterdir():
+        assert path.read_text() == (REPORT / "generated" / path.name).read_text(), f"{path.name}: {RUN_AGAIN}"
 
 
-def ours_and(variant) -> tuple:
-    """A DecoderLM and one of the models compared with it, both made from seed 0."""
-    models, states = [], []
-    for model_class in (DecoderLM, variant):
-        torch.manual_seed(0)
-        models.append(model_class(n_vocab=61, n_embd=12, n_head=3, n_positions=7, n_layer=2, p_dropout=0.0))
-        states.append(torch.get_rng_state())
-    assert torch.equal(*states), "the two would be trained on different batches"
-    return tuple(models)
+def test_every_result_that_is_shown_exists():
+    generated = "".join(path.read_text() for path in sorted((REPORT / "generated").iterdir()))
+    defined = set(re.findall(r"^\\setresult\{([^}]+)\}", generated, flags=re.M))
+    asked_for = set(re.findall(r"\\ifresult\{([^}#]+)\}", ANSWERS))
+    optional = ("2.2-", "2.4-", "2.3-longest", "2.3-gain", "2.5-spread")  # shown only inside \ifresult
+    shown = set(re.findall(r"\\result(?:table)?\{([^}#]+)\}", ANSWERS))
+    assert {name for name in shown - defined - asked_for if not name.startswith(optional)} == set()
+    assert len(defined & shown) > 20, "the answers show next to nothing that was measured"
 
 
-def test_untied_model_is_untied_and_tied_in_nothing_else(reproduce):
-    tied, untied = ours_and(reproduce.UntiedLM)
-    n = [sum(parameter.numel() for parameter in model.parameters()) for model in (tied, untied)]
-    assert n[1] - n[0] == 61 * 12
-    ids = torch.randint(61, (2, 7))
-    untied.input_embeddings.weight.data.copy_(tied.token_embeddings.weight)
-    torch.testing.assert_close(untied(ids), tied(ids))
-    before = untied(ids).detach()
-    untied.input_embeddings.weight.data.mul_(2)
-    assert not torch.allclose(untied(ids), before), "the input embeddings are not used"
-
-    ChunkedLanguageModelingLoss(untied)(ids).backward()
-    unused = sorted(set(range(61)) - set(ids[:, :-1].flatten().tolist()))
-    assert unused, "the rows tested below must exist"
-    assert not untied.input_embeddings.weight.grad[unused].any(), "the input matrix gets the output's gradient"
-    assert untied.token_embeddings.weight.grad[unused].any(dim=1).all(), "the output matrix gets no gradient"
+def test_no_measured_number_is_typed_by_hand():
+    text = re.sub(r"\\(if)?result(table|figure)?\{[^}]*\}|\\question\{[^}]*\}|(?<!\\)%.*", "", ANSWERS)
+    text = text.partition(r"\begin{document}")[2].partition(r"\section*{Sources}")[0]
+    decimals = set(re.findall(r"\d+\.\d+", text))
+    given = {"0.5", "53.1", "7.05"}  # of the handout and the course
+    levels = {"7.9"}  # read off the figure of 2.4
+    others = {"0.7", "1.5", "12.0", "2.6", "3.6"}  # temperatures, millions of training tokens, questions
+    assert decimals <= given | levels | others, r"write \result{NAME} instead"
 
 
-def test_gpt2_of_transformers_is_of_the_same_size_and_sees_the_same_batches(reproduce):
-    pytest.importorskip("transformers", reason="transformers is not installed: python -m pip install transformers")
-    ours, gpt2 = ours_and(reproduce.GPT2)
-    assert sum(p.numel() for p in gpt2.parameters()) == sum(p.numel() for p in ours.parameters())
-    assert gpt2.flops_per_token == ours.flops_per_token
-    assert gpt2.gpt2.transformer.drop.p == 0.0
-    ids = torch.randint(61, (2, 7))
-    assert gpt2(ids).shape == (2, 7, 61)
-    losses = gpt2.gpt2(ids, labels=ids).loss, ChunkedLanguageModelingLoss(gpt2)(ids)
-    torch.testing.assert_close(*losses)
-    gradients = [torch.autograd.grad(loss, list(gpt2.parameters())) for loss in losses]
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)  # float32 sums in another order
+def test_all_questions_of_the_template_are_answered():
+    template = (REPORT / "template.tex").read_text(encoding="utf-8")
+    questions = [re.findall(r"\\question\{.*?\}\{.*?\}\{.*", text) for text in (template, ANSWERS)]
+    assert questions[0] == questions[1] and len(questions[0]) == 11
+    assert r"\answer{0mm}{}" not in ANSWERS
+
+
+def test_pdf_is_made_from_the_committed_sources(reproduce):
+    pdf = (REPORT / "answers.pdf").read_bytes()
+    assert f"sources {reproduce.sources_digest()}".encode() in pdf, RUN_AGAIN
+
+
+# ---------------------------------------------------------------------------------------------------
+# Statistics
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_resamples_keep_the_number_of_each_class(reproduce):
+    labels = np.array([0, 1, 1, 0, 1, 1, 1])
+    drawn = reproduce.downstream.resamples(labels)
+    assert (labels[drawn].sum(axis=1) == 5).all() and drawn.shape == (reproduce.downstream.N_RESAMPLES, 7)
+    assert len(np.unique(drawn, axis=0)) > 100
+
+
+def test_constant_classifier_has_no_interval_and_a_rule_does_not_differ_from_itself(reproduce):
+    labels = np.repeat([0, 1], 50)
+    p = np.linspace(0.6, 0.9, 100)  # all positive at 0.5, perfectly ranked
+    drawn = reproduce.downstream.resamples(labels)
+    constant = reproduce.downstream.accuracies(p[drawn], labels[drawn], 0.5)
+    assert (constant == 0.5).all(), "the resamples are not drawn within each class"
+    assert reproduce.downstream.accuracies(p, labels, None) == 1.0
+    median = reproduce.downstream.accuracies(p[drawn], labels[drawn], None)
+    assert (median == 1.0).all(), "the median is not computed in each resample"
+
+
+def test_distinct_trigrams(reproduce):
+    assert reproduce.downstream.distinct_trigrams([1, 2, 3, 4, 5]) == 1.0
+    assert reproduce.downstream.distinct_trigrams([1, 2, 3, 1, 2, 3, 1, 2, 3, 1]) == 3 / 8
+
+
+def test_generated_text_is_escaped_for_tex(reproduce):
+    assert reproduce.tables.tex(" 50% of {A_1}\n\\x\u2028 ") == r"50\% of \{A\_1\} / \textbackslash{}x?"
