@@ -200,7 +200,7 @@ def temperatures() -> None:
 # ---------------------------------------------------------------------------------------------------
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # the three of Zhao et al. 2021
-LAST_TOKENS = (2, 5, 10)
+N_LAST = 5  # tokens of the review's end, to see whether the model uses more than those
 
 
 def resamples(labels: np.ndarray) -> np.ndarray:
@@ -254,11 +254,9 @@ def sentiment() -> None:
             "accuracy": with_interval(accuracy, resampled[rule]),
             "minus-median": with_interval(difference, resampled[rule] - resampled["median"]),
         }
-    last_tokens = {}
-    for k in LAST_TOKENS:
-        ends = p_of(tokenizer.decode(tokenizer.encode_ordinary(text)[-k:]) for text in reviews.texts)
-        accuracy = accuracies(ends, labels, decision_boundary(torch.from_numpy(ends), calibrate=True))
-        last_tokens[k] = with_interval(accuracy, accuracies(ends[drawn], labels[drawn], None))
+    ends = p_of(tokenizer.decode(tokenizer.encode_ordinary(text)[-N_LAST:]) for text in reviews.texts)
+    accuracy, of_ends = accuracies(ends, labels, None), accuracies(ends[drawn], labels[drawn], None)
+    difference = rules["median"]["accuracy"][0] - accuracy
     aucs = [area_under_roc(p[rows], labels[rows]) for rows in drawn]
     result = {
         "reviews": reviews.name,
@@ -266,7 +264,11 @@ def sentiment() -> None:
         "positive": float(labels.mean()),
         "auc": with_interval(area_under_roc(p, labels), np.array(aucs)),
         "rules": rules,
-        "last-tokens": last_tokens,
+        "last-tokens": {
+            "n": N_LAST,
+            "accuracy": with_interval(accuracy, of_ends),
+            "whole-minus-last": with_interval(difference, resampled["median"] - of_ends),
+        },
     }
     keep("3.5", result)
     lines = [f"{value:.5f},{label}\n" for value, label in zip(p, labels, strict=True)]

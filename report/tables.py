@@ -181,7 +181,7 @@ def tuning() -> dict[str, str]:
         row = f"{c['model_config']['n_embd']} × {c['model_config']['n_layer']}", f"{c['max_lr']:g}"
         row += f"{runs[name]['parameters'] / 1e6:.2f}", f"{c['num_training_steps']:,}", len(loss)
         rows.append((*row, f"{np.mean(loss):.3f}", spread, f"{math.exp(np.mean(loss)):.0f}"))
-    header = ["width × layers", "max. rate", "M parameters", "steps", "seeds", "loss", "range", "perplexity"]
+    header = ["width × layers", "max. rate", "parameters (M)", "steps", "seeds", "loss", "range", "perplexity"]
     best, second = ranked[:2]
     values = {
         "2.5-table": table(header, rows),
@@ -234,7 +234,7 @@ def generations() -> dict[str, str]:
     for name, m in r["measured"].items():
         new, loss, entropy = f"{m['distinct-3']:.0%}", f"{m['loss']:.1f}", f"{m['entropy']:.1f}"
         rows.append((name, m["texts"], new.replace("%", r"\%"), loss, entropy))
-    header = ["temperature", "texts", "new trigrams", "loss of the text", "entropy sampled from"]
+    header = ["temperature", "texts", "new trigrams", "loss", "entropy"]
     texts = []
     for i, prefix in enumerate(r["prefixes"]):
         shown = " ".join(rf"\continuation{{{t}}}{{{tex(texts[i])}}}" for t, texts in r["texts"].items())
@@ -258,6 +258,10 @@ def sentiment() -> dict[str, str]:
         value, low, high = (100 * v for v in values)
         return f"{value:.1f}\\%" + (f" ({low:.1f} to {high:.1f})" if high > low else "")
 
+    def signed(values: list[float]) -> str:
+        """A difference of accuracies with its interval, in percentage points."""
+        return "{} ({} to {})".format(*(minus(100 * v, 1) for v in values))
+
     rows, values = [], {"3.5-reviews": tex(r["reviews"]), "3.5-n": f"{r['n']:,}"}
     for name, m in r["rules"].items():
         difference = (
@@ -267,12 +271,13 @@ def sentiment() -> dict[str, str]:
         rows.append((name, f"{m['boundary']:.3f}", called, percent(m["accuracy"]), difference))
         values |= {f"3.5-{name}": percent(m["accuracy"]), f"3.5-{name}-called": called}
         values[f"3.5-{name}-boundary"] = f"{m['boundary']:.3f}"
-    header = ["boundary", "p above", "called positive", "accuracy", "points against the median"]
+    header = ["boundary", "p(positive) above", "called positive", "accuracy", "points against the median"]
     values["3.5-table"] = table(header, rows)
     values["3.5-auc"] = "{:.3f} ({:.3f} to {:.3f})".format(*r["auc"])
     values["3.5-majority"] = f"{100 * max(r['positive'], 1 - r['positive']):.1f}\\%"
-    for k, accuracy in r["last-tokens"].items():
-        values[f"3.5-last-{k}"] = percent(accuracy)
+    last = r["last-tokens"]
+    values |= {"3.5-n-last": f"{last['n']}", "3.5-last": percent(last["accuracy"])}
+    values["3.5-whole-minus-last"] = signed(last["whole-minus-last"])
     p, labels = np.loadtxt(RESULTS / "3.5.csv", delimiter=",", skiprows=1).T
     boundaries = {name: m["boundary"] for name, m in r["rules"].items()}
     plot_histogram(FIGURES / "3.5-p-positive.pdf", p, labels, boundaries)
