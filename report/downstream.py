@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from tables import OUTPUTS, REPORT, RESULTS
 
 import train
 from classify import YELP_LABEL_MAP, YELP_TEMPLATE, decision_boundary, p_positive, score
-from data.build import HELD_OUT, SAMPLE
+from data.build import HELD_OUT, SAMPLE, decode_documents
 from generate import encode_prompt, generate, softmax_with_temperature
 from support.checkpoint import load_trained_model, to_bytes
 from support.config import dump_config
@@ -22,7 +21,6 @@ from support.reviews import load_reviews
 
 ROOT = REPORT.parent
 SHIPPED = ROOT / "model.pt"
-MOST_BYTES = 16_000_000
 N_RESAMPLES = 2000  # of each bootstrap
 
 
@@ -31,41 +29,28 @@ def keep(name: str, values: dict) -> None:
     write_atomically(RESULTS / f"{name}.json", json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
-def load(path: Path):
-    """The model of this checkpoint."""
-    return load_trained_model(None, str(path))
-
-
 def with_interval(value: float, resampled: np.ndarray) -> list[float]:
     """[value, lower, upper end of the 95% interval]"""
     return [float(value), *np.quantile(resampled, [0.025, 0.975]).tolist()]
 
 
-# ---------------------------------------------------------------------------------------------------
-# 2.6: the file that ships
-# ---------------------------------------------------------------------------------------------------
-
-
 def ship() -> None:
     """Store the final run's weights as bfloat16 in model.pt, config.yaml beside it, and measure that file."""
-    trained = load(OUTPUTS / "2.6-final" / "model.pt")
+    trained = load_trained_model(None, str(OUTPUTS / "2.6-final" / "model.pt"))
     weights = {
         # scale_factor is no weight: rounded, it would change every attention score.
         key: tensor if key.endswith("scale_factor") else tensor.bfloat16()
         for key, tensor in trained.model.state_dict().items()
     }
-    archive = to_bytes(weights)
-    if len(archive) > MOST_BYTES:
-        raise ValueError(f"model.pt would have {len(archive):,} bytes, more than {MOST_BYTES:,}")
     neutral = {"output_dir": "outputs/final", "device": "auto", "data": "sample", "checkpoint_interval": None}
     config = dataclasses.replace(trained.config, **neutral)  # the sample is held-out C4 that every clone has
-    write_together({SHIPPED: archive, ROOT / "config.yaml": dump_config(config).encode()})
+    write_together({SHIPPED: to_bytes(weights), ROOT / "config.yaml": dump_config(config).encode()})
     measure_shipped()
 
 
 def measure_shipped() -> None:
     """The size and cost of the shipped model, and its losses on held-out text with their intervals."""
-    shipped = load(SHIPPED)
+    shipped = load_trained_model(None, str(SHIPPED))
     c, model = shipped.config, shipped.model
     steps = c.num_training_steps, c.grad_accumulation_steps, c.batch_size, c.seq_len
     result = {
@@ -78,19 +63,9 @@ def measure_shipped() -> None:
         "tokens": math.prod(steps),
         "flops": train.training_flops(model, *steps),
     }
-    for name, tokens in (("c4", held_out_c4()), ("wikipedia", held_out_wikipedia())):
-        result[f"{name}-loss"] = held_out_loss(shipped, tokens)
+    for name, path in (("c4", SAMPLE), ("wikipedia", HELD_OUT)):
+        result[f"{name}-loss"] = held_out_loss(shipped, np.load(path)["val"])
     keep("model-file", result)
-
-
-def held_out_c4() -> np.ndarray:
-    """Tokens of the bundled sample's held-out documents."""
-    return np.load(SAMPLE)["val"]
-
-
-def held_out_wikipedia() -> np.ndarray:
-    """Tokens of the held-out Wikipedia pages."""
-    return np.load(HELD_OUT)["val"]
 
 
 @torch.inference_mode()
@@ -115,16 +90,8 @@ def held_out_loss(trained, tokens: np.ndarray) -> list[float]:
     return with_interval(sums.sum() / counts.sum(), sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
 
 
-# ---------------------------------------------------------------------------------------------------
-# 3.2: generation
-# ---------------------------------------------------------------------------------------------------
-
 TEMPERATURES = (0.0, 0.3, 0.7, 1.0, 1.5)
-OWN_PROMPTS = (
-    "The best way to cook rice is",
-    "Dear customer, thank you for",
-    "The president said on Monday that",
-)
+OWN_PROMPTS = ["The best way to cook rice is", "Dear customer, thank you for", "The president said on Monday that"]
 N_TEXTS, N_NEW_TOKENS, N_SHOWN = 10, 100, 24  # texts per prompt (one at temperature 0), tokens in each
 
 
@@ -174,17 +141,15 @@ def sample_texts(trained, prefixes: list[str], temperature: float) -> list[tuple
 
 def people_texts(tokenizer) -> list[tuple[list[int], list[int]]]:
     """The beginnings of held-out documents of C4: 10 tokens as the prompt, then N_NEW_TOKENS."""
-    tokens = held_out_c4()
-    ends = np.flatnonzero(tokens == tokenizer.eot_token)
-    documents = [part[part != tokenizer.eot_token].tolist() for part in np.split(tokens, ends)]
-    wanted = 10 + N_NEW_TOKENS
-    return [(part[:10], part[10:wanted]) for part in documents if len(part) >= wanted]
+    documents = map(tokenizer.encode_ordinary, decode_documents(np.load(SAMPLE)["val"]))
+    n = 10 + N_NEW_TOKENS
+    return [(tokens[:10], tokens[10:n]) for tokens in documents if len(tokens) >= n]
 
 
 def temperatures() -> None:
     """3.2: texts of the shipped model at five temperatures, with people's for comparison."""
-    trained, bundled = load(SHIPPED), read_prefixes(None)
-    prefixes = [*bundled, *OWN_PROMPTS]
+    trained, bundled = load_trained_model(None, str(SHIPPED)), read_prefixes(None)
+    prefixes = bundled + OWN_PROMPTS
     measured, shown = {}, {}
     for temperature in TEMPERATURES:
         pairs = sample_texts(trained, prefixes, temperature)
@@ -194,10 +159,6 @@ def temperatures() -> None:
     measured["held-out C4"] = measure_texts(trained.model, people_texts(trained.tokenizer), 1.0)
     keep("3.2", {"measured": measured, "texts": shown, "prefixes": prefixes, "bundled": len(bundled)})
 
-
-# ---------------------------------------------------------------------------------------------------
-# 3.5, 3.6: sentiment
-# ---------------------------------------------------------------------------------------------------
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # the three of Zhao et al. 2021
 N_LAST = 5  # tokens of the review's end, to see whether the model uses more than those
@@ -219,7 +180,7 @@ def accuracies(p: np.ndarray, labels: np.ndarray, boundary: float | None) -> np.
 
 def sentiment() -> None:
     """3.5, 3.6: three decision boundaries on the same resamples of the reviews, and on the ends of reviews."""
-    trained = load(SHIPPED)
+    trained = load_trained_model(None, str(SHIPPED))
     tokenizer = trained.tokenizer
 
     def prompts(texts) -> list[str]:
@@ -235,28 +196,23 @@ def sentiment() -> None:
     reviews = load_reviews(None, 1000, fits=fits)
     labels, p = np.array(reviews.labels), p_of(reviews.texts)
     drawn = resamples(labels)
-    boundaries = {
-        "0.5": 0.5,
-        "median": decision_boundary(torch.from_numpy(p), calibrate=True),
-        "contextual": float(p_of(CONTENT_FREE).mean()),
-    }
-    resampled = {
-        rule: accuracies(p[drawn], labels[drawn], None if rule == "median" else boundary)
-        for rule, boundary in boundaries.items()
-    }
-    rules = {}
-    for rule, boundary in boundaries.items():
-        accuracy = accuracies(p, labels, boundary)
-        difference = accuracy - accuracies(p, labels, boundaries["median"])
-        rules[rule] = {
+    boundaries = {"0.5": 0.5, "median": None, "contextual": float(p_of(CONTENT_FREE).mean())}
+    observed = {rule: accuracies(p, labels, boundary) for rule, boundary in boundaries.items()}
+    resampled = {rule: accuracies(p[drawn], labels[drawn], boundary) for rule, boundary in boundaries.items()}
+    boundaries["median"] = decision_boundary(torch.from_numpy(p), calibrate=True)
+    rules = {
+        rule: {
             "boundary": boundary,
             "positive-share": float((p > boundary).mean()),
-            "accuracy": with_interval(accuracy, resampled[rule]),
-            "minus-median": with_interval(difference, resampled[rule] - resampled["median"]),
+            "accuracy": with_interval(observed[rule], resampled[rule]),
+            "minus-median": with_interval(
+                observed[rule] - observed["median"], resampled[rule] - resampled["median"]
+            ),
         }
+        for rule, boundary in boundaries.items()
+    }
     ends = p_of(tokenizer.decode(tokenizer.encode_ordinary(text)[-N_LAST:]) for text in reviews.texts)
     accuracy, of_ends = accuracies(ends, labels, None), accuracies(ends[drawn], labels[drawn], None)
-    difference = rules["median"]["accuracy"][0] - accuracy
     aucs = [area_under_roc(p[rows], labels[rows]) for rows in drawn]
     result = {
         "reviews": reviews.name,
@@ -264,11 +220,9 @@ def sentiment() -> None:
         "positive": float(labels.mean()),
         "auc": with_interval(area_under_roc(p, labels), np.array(aucs)),
         "rules": rules,
-        "last-tokens": {
-            "n": N_LAST,
-            "accuracy": with_interval(accuracy, of_ends),
-            "whole-minus-last": with_interval(difference, resampled["median"] - of_ends),
-        },
+        "n-last": N_LAST,
+        "last": with_interval(accuracy, of_ends),
+        "whole-minus-last": with_interval(observed["median"] - accuracy, resampled["median"] - of_ends),
     }
     keep("3.5", result)
     lines = [f"{value:.5f},{label}\n" for value, label in zip(p, labels, strict=True)]

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 BLUE, ORANGE, GREEN = COLOURS = ("#0072B2", "#D55E00", "#009E73")
 DASHES = ("-", "--", "-.")
 STYLE = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-SIZE = (7.2, 3.2)  # inches, about the width of the text, so that letters keep their size
+SIZE = (7.2, 2.8)  # inches, about the width of the text, so that letters keep their size
 
 
 def save(figure, path: Path) -> None:

@@ -33,7 +33,6 @@ import tables  # noqa: E402
 from tables import OUTPUTS, RESULTS  # noqa: E402
 
 import train  # noqa: E402
-from data.build import MIXTURE  # noqa: E402
 from support.checkpoint import load_trained_model  # noqa: E402
 from support.errors import UserError, exit_on_user_error  # noqa: E402
 from support.files import write_atomically  # noqa: E402
@@ -49,14 +48,6 @@ def planned(question: str) -> Iterator[tuple[str, int]]:
     if question == "2.5":  # so that a difference between the two means something
         best = sorted(tables.settings("2.5"), key=lambda setting: tables.result(setting)["val-loss"])[:2]
         yield from ((setting, seed) for setting in best for seed in (1, 2))
-
-
-def train_run(setting: str, seed: int, fresh: bool) -> None:
-    """Train report/configs/SETTING.yaml with this seed, or resume it."""
-    argv = [str(tables.CONFIGS / f"{setting}.yaml"), *["--fresh"] * fresh]
-    if seed:
-        argv += ["--set", f"seed={seed}", f"output_dir={OUTPUTS / tables.run_name(setting, seed)}"]
-    train.main(argv)
 
 
 def is_trained(run: str) -> bool:
@@ -75,8 +66,6 @@ def measure_run(run: str) -> None:
         "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
         "config": dataclasses.asdict(trained.config),
     }
-    if trained.config.data and (ROOT / trained.config.data) == MIXTURE:  # val-loss is on held-out C4
-        result["wikipedia-loss"] = downstream.held_out_loss(trained, downstream.held_out_wikipedia())[0]
     write_atomically(RESULTS / f"{run}.json", json.dumps(result, indent=1) + "\n")
 
     metrics = read_metrics(folder / "metrics.csv")
@@ -91,7 +80,8 @@ def run_question(question: str, fresh: bool) -> None:
     for setting, seed in planned(question):
         run = tables.run_name(setting, seed)
         if fresh or not is_trained(run):
-            train_run(setting, seed, fresh)
+            seeded = ["--set", f"seed={seed}", f"output_dir={OUTPUTS / run}"] if seed else []
+            train.main([str(tables.CONFIGS / f"{setting}.yaml"), *seeded, *["--fresh"] * fresh])
         measure_run(run)
         print(f"{question}: measured outputs/report/{run} -> report/results/{run}.json")
     if question in downstream.MEASURE:
