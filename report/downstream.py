@@ -14,6 +14,7 @@ from classify import YELP_LABEL_MAP, YELP_TEMPLATE, decision_boundary, p_positiv
 from data.build import HELD_OUT, SAMPLE, decode_documents
 from generate import encode_prompt, generate, softmax_with_temperature
 from support.checkpoint import load_trained_model, to_bytes
+from support.classification import area_under_roc
 from support.config import dump_config
 from support.files import write_atomically, write_together
 from support.generation import read_prefixes
