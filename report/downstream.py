@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -96,16 +97,6 @@ OWN_PROMPTS = ["The best way to cook rice is", "Dear customer, thank you for", "
 N_TEXTS, N_NEW_TOKENS, N_SHOWN = 10, 100, 24  # texts per prompt (one at temperature 0), tokens in each
 
 
-class _TokenIds:
-    """The tokenizer, but what `generate` returns stays token ids: decoded and encoded again they can differ."""
-
-    def __init__(self, tokenizer):
-        self.encode_ordinary, self.eot_token = tokenizer.encode_ordinary, tokenizer.eot_token
-
-    def decode(self, tokens: list[int]) -> list[int]:
-        return tokens
-
-
 def distinct_trigrams(tokens: list[int]) -> float:
     """Distinct trigrams of one text as a share of all its trigrams; 1 = nothing is repeated."""
     trigrams = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
@@ -134,8 +125,12 @@ def sample_texts(trained, prefixes: list[str], temperature: float) -> list[tuple
     """(prompt, continuation) of each prefix in order, all of them N_TEXTS times (once at temperature 0)."""
     prefixes = prefixes * (N_TEXTS if temperature else 1)
     tokenizer, n_positions = trained.tokenizer, trained.model.n_positions
+    # Decoded and encoded again, tokens can differ: generate returns them as they are.
+    undecoded = SimpleNamespace(
+        encode_ordinary=tokenizer.encode_ordinary, eot_token=tokenizer.eot_token, decode=list
+    )
     torch.manual_seed(0)
-    new = generate(trained.model, "cpu", _TokenIds(tokenizer), prefixes, 30, N_NEW_TOKENS, temperature)
+    new = generate(trained.model, "cpu", undecoded, prefixes, 30, N_NEW_TOKENS, temperature)
     prompts = [encode_prompt(tokenizer, prefix, n_positions) for prefix in prefixes]
     return list(zip(prompts, new, strict=True))
 
@@ -184,15 +179,13 @@ def sentiment() -> None:
     trained = load_trained_model(None, str(SHIPPED))
     tokenizer = trained.tokenizer
 
-    def prompts(texts) -> list[str]:
-        return [YELP_TEMPLATE.format(text=text) for text in texts]
-
     def p_of(texts) -> np.ndarray:
-        logits = score(trained.model, "cpu", tokenizer, prompts(texts), 32)
+        prompts = [YELP_TEMPLATE.format(text=text) for text in texts]
+        logits = score(trained.model, "cpu", tokenizer, prompts, 32)
         return p_positive(logits, [tokenizer.encode_single_token(YELP_LABEL_MAP[i]) for i in (0, 1)]).numpy()
 
     def fits(text: str) -> bool:
-        return len(tokenizer.encode_ordinary(*prompts([text]))) <= trained.model.n_positions
+        return len(tokenizer.encode_ordinary(YELP_TEMPLATE.format(text=text))) <= trained.model.n_positions
 
     reviews = load_reviews(None, 1000, fits=fits)
     labels, p = np.array(reviews.labels), p_of(reviews.texts)

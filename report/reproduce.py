@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from tables import OUTPUTS, RESULTS  # noqa: E402
 
 import train  # noqa: E402
 from support.checkpoint import load_trained_model  # noqa: E402
-from support.errors import UserError, exit_on_user_error  # noqa: E402
+from support.errors import exit_on_user_error, require  # noqa: E402
 from support.files import write_atomically  # noqa: E402
 from support.metrics import read_metrics  # noqa: E402
 
@@ -104,18 +105,14 @@ def sources_digest() -> str:
 
 
 def make_pdf() -> None:
-    """Compile report/answers.pdf, twice for the references."""
+    """Compile report/answers.pdf."""
     source = rf"\pdfobjcompresslevel=1\pdfinfo{{/Subject (sources {sources_digest()})}}\input{{answers}}"
     outputs = ROOT / "outputs/report/tex"
     outputs.mkdir(parents=True, exist_ok=True)
+    require(shutil.which("pdflatex") is not None, "pdflatex is not installed; see the top of report/reproduce.py")
     command = ["pdflatex", "-halt-on-error", f"-output-directory={outputs}", "-jobname=answers", source]
-    for _ in range(2):
-        try:
-            done = subprocess.run(command, cwd=REPORT, capture_output=True, text=True)
-        except FileNotFoundError:
-            raise UserError("pdflatex is not installed; see the top of report/reproduce.py") from None
-        if done.returncode:
-            raise UserError(f"pdflatex failed, see {outputs / 'answers.log'}:\n{done.stdout[-800:]}")
+    done = subprocess.run(command, cwd=REPORT, capture_output=True, text=True)
+    require(done.returncode == 0, f"pdflatex failed, see {outputs / 'answers.log'}:\n{done.stdout[-800:]}")
     (REPORT / "answers.pdf").write_bytes((outputs / "answers.pdf").read_bytes())
     print("Saved to report/answers.pdf.")
 
