@@ -8,9 +8,12 @@ gives all its points when every test of it passed, else none; a skipped test cou
 
 import json
 import signal
+import traceback
 from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # (question, part) -> (points, test file); questions and totals are the handout's.
 GROUPS = {
@@ -32,6 +35,7 @@ GROUPS = {
 PERPLEXITY_POINTS = 20  # question 2.6, graded on a test set that students do not have
 # In the order of the questions: mistakes in the model are shown before the failures that they cause.
 FILES = ["test_env.py", *dict.fromkeys(file for _, file in GROUPS.values())]
+NOT_WRITTEN = " is not written yet"  # how the NotImplementedErrors of the student's edition end
 CPU_SECONDS_PER_TEST = 30  # for the tests in FILES (the slowest takes about one), against endless loops
 
 
@@ -56,7 +60,7 @@ class Tally:
         self.messages = {}  # node id -> first line of the failure
         self.deselected = set()  # groups with deselected tests
         self.hung = set()  # files with a test that did not end
-        self.broken = {}  # test file that could not be loaded -> the reason
+        self.broken = {}  # test file that could not be loaded -> the reason, with file and line
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items):
@@ -70,11 +74,19 @@ class Tally:
     def pytest_deselected(self, items):
         self.deselected |= {self.group_of.pop(i.nodeid) for i in items if i.nodeid in self.group_of}
 
-    def pytest_collectreport(self, report):
-        name = Path(report.nodeid.split("::")[0]).name
-        if report.failed and name in {file for _, file in GROUPS.values()}:
-            lines = [line.strip("E ") for line in str(report.longrepr).splitlines() if line.startswith("E  ")]
-            self.broken[name] = lines[-1] if lines else "see above"
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(self, collector):
+        report = yield
+        if report.failed and collector.path.name in {file for _, file in GROUPS.values()}:
+            reason = _why_it_does_not_load(report.call.excinfo.value)
+            if reason in self.broken.values():  # every test file imports model.py: one traceback is enough
+                report.outcome, report.longrepr, report.result = "passed", None, []
+            self.broken[collector.path.name] = reason
+        return report
+
+    def pytest_report_teststatus(self, report):
+        if report.failed and NOT_WRITTEN in _first_line(report):  # no traceback: the table names the function
+            return "not written", "-", ("NOT WRITTEN", {"yellow": True})
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
@@ -101,9 +113,7 @@ class Tally:
             return
         if report.failed:
             self.outcomes[report.nodeid] = "failed"
-            crash = getattr(report.longrepr, "reprcrash", None)
-            message = crash.message if crash else str(report.longrepr)
-            self.messages.setdefault(report.nodeid, message.splitlines()[0] if message else "failed")
+            self.messages.setdefault(report.nodeid, _first_line(report))
         elif report.skipped or report.when == "call":
             self.outcomes.setdefault(report.nodeid, report.outcome)
 
@@ -117,15 +127,12 @@ class Tally:
             ran = [outcome for outcome in outcomes if outcome in ("passed", "failed")]
             row["tests"] = f"{ran.count('passed')} of {len(ran)}"
             if file in self.broken:
-                row |= {
-                    "tests": "0 of 0",
-                    "points": 0,
-                    "output": f"{file} could not be loaded: {self.broken[file]}",
-                }
+                row |= {"tests": "0 of 0", "points": 0, "output": self.broken[file]}
             elif not nodes:
                 continue
             elif "failed" in ran:
                 failed = [f"{n.split('::', 1)[1]}: {self.messages[n]}" for n in nodes if n in self.messages]
+                failed.sort(key=lambda message: NOT_WRITTEN in message)  # what can be fixed comes first
                 row |= {"points": 0, "output": "\n".join(failed)}
             elif None in outcomes or group in self.deselected:
                 row["output"] = "partial: not all tests of this group were run"
@@ -160,14 +167,16 @@ class Tally:
         terminalreporter.section("points")
         line = "{:<10}{:<34}{:>12}{:>10}  {}".format
         terminalreporter.write_line(line("question", "part", "tests passed", "points", "").rstrip())
+        shown = None
         for row in rows:
             points = f"{'–' if row['points'] is None else row['points']} / {row['max']}"
             remark = row["output"] if row["points"] is None else ""
             terminalreporter.write_line(line(row["question"], row["part"], row["tests"], points, remark).rstrip())
-            if row["points"] == 0:
-                terminalreporter.write_line(f"          {row['output'].splitlines()[0]}")
+            if row["points"] == 0 and row["output"] != shown:  # a file that does not load: told once
+                shown = row["output"]
+                terminalreporter.write_line(f"          {_summary(shown)}")
         if any(row["question"] == "2.1" for row in rows):
-            points, remark = f"– / {PERPLEXITY_POINTS}", "not gradable without the test data"
+            points, remark = f"– / {PERPLEXITY_POINTS}", "graded on the test data of the course"
             terminalreporter.write_line(line("2.6", "perplexity of model.pt under 50", "", points, remark))
         total, possible = _total(rows)
         terminalreporter.write_line(line("total", "", "", f"{total} / {possible}", "").rstrip())
@@ -192,6 +201,32 @@ class Tally:
         undecided = [f"{r['question']} {r['part']}: {r['output']}" for r in rows if r["points"] is None]
         output = "\n".join(self.notes(rows) + undecided + ["2.6 is graded on the course's test data"])
         return {"score": _total(rows)[0], "output": output, "tests": tests}
+
+
+def _first_line(report) -> str:
+    """The first line of a failed test's message."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return ((crash.message if crash else str(report.longrepr)).splitlines() or ["failed"])[0]
+
+
+def _summary(output: str) -> str:
+    """One line for the failures of a group, one on each line of `output`."""
+    first, *others = output.splitlines()
+    if NOT_WRITTEN in first:
+        return first.partition("NotImplementedError: ")[2]
+    return f"first of {len(others) + 1} failures: {first}" if others else first
+
+
+def _why_it_does_not_load(error: BaseException) -> str:
+    """Where and why an import failed, such as "model.py, line 12: SyntaxError: '(' was never closed"."""
+    while error.__cause__:  # pytest's own errors hide the student's
+        error = error.__cause__
+    if isinstance(error, SyntaxError):
+        return f"{Path(error.filename).name}, line {error.lineno}: {type(error).__name__}: {error.msg}"
+    places = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    ours = [place for place in places if place[0].parent in (ROOT, ROOT / "tests")]
+    file, line = (ours or places)[-1]
+    return f"{file.name}, line {line}: {type(error).__name__}: {error}".splitlines()[0]
 
 
 def _total(rows) -> tuple[int, int]:

@@ -68,9 +68,32 @@ def test_a_deselected_test_leaves_its_group_undecided(run):
 
 def test_a_file_that_does_not_load_costs_only_its_own_groups(run):
     out, points = run(test_train="this is not Python")
-    reason = "* test_train.py could not be loaded: *"
+    reason = " *test_train.py, line 1: NameError: name 'this' is not defined"
     out.fnmatch_lines(["1.3 * embed * 5 / 5", "2.1 * train * 0 / 4", reason, "total * 5 / 25"])
     assert points["score"] == 5
+
+
+def test_a_graded_file_that_does_not_load_is_told_once_with_its_line(run):
+    files = {name: "import student" for name in ("test_train", "test_generate", "test_classify")}
+    out, points = run(student="x = 1\ny = (", **files)
+    reason = "student.py, line 2: SyntaxError: '(' was never closed"
+    out.fnmatch_lines(["1.3 * embed * 5 / 5", "2.1 * train * 0 / 4", f" *{reason}", "total * 5 / 45"])
+    assert out.str().count(reason) == 1 and out.str().count("ERROR collecting") == 1, out.str()
+    assert [part["output"] for part in points["tests"]].count(reason) == 9
+
+
+def test_the_table_counts_the_failures_of_a_group(run):
+    body = "assert False, 'the second'\n\n    def test_three(self):\n        assert False, 'the third'"
+    out, _ = run(body=body)
+    out.fnmatch_lines(["1.3 * embed * 1 of 3 * 0 / 5", " *first of 2 failures: TestEmbed::test_two: *the second*"])
+
+
+def test_what_is_not_written_yet_takes_one_line_in_the_table_and_no_traceback(run):
+    out, points = run(body="raise NotImplementedError('question 1.3: embed is not written yet')")
+    out.fnmatch_lines(["1.3 * embed * 1 of 2 * 0 / 5", "          question 1.3: embed is not written yet"])
+    out.fnmatch_lines(["*1 passed, 1 not written in *"])
+    assert out.str().count("is not written yet") == 1 and "FAILED" not in out.str(), out.str()
+    assert points["score"] == 0 and "NotImplementedError: question 1.3" in points["tests"][0]["output"]
 
 
 TRAIN = """
