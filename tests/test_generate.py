@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from checks import check_close, check_equal
+from checks import check_close, check_equal, explained
 from mistakes import generate as mistakes
 
 import generate
@@ -31,16 +31,19 @@ def lm(randomise):
 def generate_texts(lm, ascii_tokenizer):
     def generate_texts(prefixes, batch_size=1, max_new_tokens=MAX_NEW, temperature=0.0, model=lm):
         arguments = model, torch.device("cpu"), ascii_tokenizer, list(prefixes), batch_size
-        try:
+        n_tokens, errors = max(map(len, prefixes), default=0) + max_new_tokens, ()
+        what, hint = (
+            f"prefixes {prefixes}: expected texts",
+            "an empty prefix has no token: let it be <|endoftext|>",
+        )
+        if "" in prefixes:
+            errors = IndexError, ValueError, RuntimeError
+        elif n_tokens > P:
+            errors = IndexError, ValueError, RuntimeError  # what a model raises for too many tokens
+            what = f"{n_tokens} tokens with n_positions = {P}: expected a text"
+            hint = "does the model get only the last n_positions tokens and their mask?"
+        with explained(what, hint, *errors):
             texts = generate.generate(*arguments, max_new_tokens=max_new_tokens, temperature=temperature)
-        except (IndexError, ValueError) as error:  # what a model raises for too many tokens
-            n_tokens = max(map(len, prefixes)) + max_new_tokens
-            if n_tokens <= P:
-                raise
-            raise AssertionError(
-                f"{n_tokens} tokens with n_positions = {P}: expected a text, got {error!r}; does the model get "
-                "only the last n_positions tokens and their mask?"
-            ) from error
         assert isinstance(texts, list) and all(isinstance(text, str) for text in texts), (
             f"generate: expected a list of texts, got {texts!r:.60}: is each row decoded and returned?"
         )
@@ -181,13 +184,7 @@ class TestGenerate:
 
     def test_an_empty_prefix_starts_from_endoftext(self, lm, generate_texts):
         for prefixes in ([""], ["", "To be"], ["unto the breach", ""]):
-            try:
-                texts = generate_texts(prefixes, batch_size=2)
-            except RuntimeError as error:
-                raise AssertionError(
-                    f"prefixes {prefixes}: expected texts, got {type(error).__name__}: an empty prefix has no "
-                    "token, let it start from <|endoftext|>"
-                ) from error
+            texts = generate_texts(prefixes, batch_size=2)
             hint = "an empty prefix is one <|endoftext|>, a real token, not padding"
             for prefix, text in zip(prefixes, texts, strict=True):
                 check_greedy(lm, prefix, text, hint)

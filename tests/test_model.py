@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import check_close, check_equal, check_shape, distinct_values
+from checks import check_close, check_equal, check_shape, distinct_values, explained
 from mistakes import model as mistakes
 from mistakes.model import attention, split_heads
 
@@ -113,7 +113,9 @@ class TestSelfAttention:
     def test_padded_keys_get_no_weight(self, mha, qkv, mask):
         visible = CAUSAL & mask[:, None, None, :].bool()  # (B, 1, S, S)
         sees_a_key = visible.any(dim=-1)[:, 0]  # (B, S)
-        got = mha.self_attention(*qkv, mask)
+        hint = "attention_mask is B×S, the scores B×H×S×S: put axes of size 1 between, so that it masks the keys"
+        with explained("self_attention with padding: expected a tensor", hint, RuntimeError, IndexError):
+            got = mha.self_attention(*qkv, mask)
         check_shape(got, (B, S, D), "self_attention with padding")
         wrong = {name: w[sees_a_key] for name, w in mistakes.attention_with_padding(*qkv, mask).items()}
         check_close(got[sees_a_key], attention(*qkv, visible)[sees_a_key], "attention with padding", wrong)
@@ -299,13 +301,9 @@ class TestEmbed:
         ids=["left padding", "a hole"],
     )
     def test_positions_count_real_tokens_only(self, lm, mask, positions):
-        try:
+        hint = "is the position of padding on the left -1? any valid one will do"
+        with explained("embed with padding: expected an embedding", hint, IndexError):
             got = lm.embed(self.ids, mask)
-        except IndexError as error:
-            raise AssertionError(
-                "embed with padding: expected an embedding, got an IndexError: is the position of padding "
-                "cumsum(mask) - 1 = -1? clamp it to 0"
-            ) from error
         check_shape(got, (B, S, D), "embed with padding")
         real = mask.bool()
         right = lm.token_embeddings.weight[self.ids] + lm.position_embeddings.weight[torch.tensor(positions)]
@@ -506,10 +504,8 @@ class TestDecoderLM:
 def test_fewer_queries_than_keys_are_those_of_the_last_tokens(mha, qkv, S_q, mask):
     q, kT, v = qkv
     what = f"self_attention of {S_q} queries and {S} keys (decoding with cached keys, no points)"
-    try:
+    with explained(f"{what}: expected a tensor", "is the causal mask S_q×S_k?", RuntimeError):
         got = mha.self_attention(q[:, :, -S_q:], kT, v, mask)
-    except RuntimeError as error:
-        raise AssertionError(f"{what}: expected a tensor, got {error}; is the causal mask S_q×S_k?") from error
     check_close(got, mha.self_attention(q, kT, v, mask)[:, -S_q:], what)
 
 

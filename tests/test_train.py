@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from checks import check_close, check_equal, check_shape
+from checks import check_close, check_equal, check_shape, explained
 from mistakes import train as mistakes
 
 import train
@@ -46,6 +46,9 @@ def plain_loss(model):
 
 # --- random_batch_sampler ---
 
+NO_BATCH = (TypeError, AttributeError, RuntimeError, ValueError, IndexError)
+ANY_CORPUS = "tokens may be a tensor or a NumPy array of any integer type: make an int64 tensor of the rows alone"
+
 
 def random_starts(tokens, batch_size, seq_len, n_batches):
     """The first token of each row, (n_batches, batch_size)."""
@@ -62,7 +65,9 @@ class TestRandomBatchSampler:
     def test_rows_are_pieces_of_the_corpus(self, dtype):
         tokens = np.arange(60, dtype=dtype.split()[0])  # token i of this corpus is i
         tokens = torch.from_numpy(tokens) if dtype.endswith("tensor") else tokens
-        batch = next(iter(train.random_batch_sampler(tokens, "cpu", 3, 5)))
+        errors = NO_BATCH if dtype.endswith("array") else ()
+        with explained(f"a corpus of type {dtype}: expected batches", ANY_CORPUS, *errors):
+            batch = next(iter(train.random_batch_sampler(tokens, "cpu", 3, 5)))
         check_shape(batch, (3, 5), "a batch", {"single rows: yield whole batches": (5,)})
         check_equal(batch.dtype, torch.int64, "dtype of a batch")
         check_equal(batch.device.type, "cpu", "device of a batch")
@@ -106,8 +111,12 @@ class TestRandomBatchSampler:
 class TestSequentialBatchSampler:
     def batches(self, n_tokens, as_numpy=False):
         tokens = np.arange(n_tokens, dtype=np.uint16) if as_numpy else torch.arange(n_tokens)
-        # At most 20, so that a sampler without end fails and does not hang.
-        return list(itertools.islice(train.sequential_batch_sampler(tokens, "cpu", 3, 5), 20))
+        what = (
+            f"{n_tokens} tokens in a{' uint16 array' if as_numpy else 'n int64 tensor'}: expected batches of 3×5"
+        )
+        with explained(what, ANY_CORPUS if as_numpy else "only full rows can be reshaped or stacked", *NO_BATCH):
+            # At most 20, so that a sampler without end fails and does not hang.
+            return list(itertools.islice(train.sequential_batch_sampler(tokens, "cpu", 3, 5), 20))
 
     @pytest.mark.parametrize("as_numpy", [False, True], ids=["int64 tensor", "uint16 array"])
     def test_batches_follow_the_corpus(self, as_numpy):
@@ -130,14 +139,11 @@ class TestSequentialBatchSampler:
 
 def learning_rates(*steps, a=4, b=12):
     """The schedule's values between 0.2 and 1.0, for a = num_warmup_steps and b = num_training_steps."""
-    try:
+    what = f"num_warmup_steps = {a}, num_training_steps = {b}: expected a rate"
+    with explained(what, "each phase may be empty", ZeroDivisionError):
         schedule = train.cosine_lr_schedule(a, b, 0.2, 1.0)
         assert callable(schedule), f"the schedule: expected a function of the step, got {schedule!r}"
         return [float(schedule(t)) for t in steps]
-    except ZeroDivisionError as error:
-        raise AssertionError(
-            f"num_warmup_steps = {a}, num_training_steps = {b}: expected a rate, got a division by zero"
-        ) from error
 
 
 @pytest.mark.question("2.1", "cosine_lr_schedule")
@@ -362,13 +368,9 @@ class TestTrain:
 
     def test_without_a_wandb_run(self, lm, no_wandb_run):
         optimizer = WatchedSGD(lm)
-        try:
+        hint = "is wandb.log called although wandb.run is None?"
+        with explained("train without an active W&B run: expected it to run", hint, wandb.Error, AttributeError):
             train.train(lm, random_batches(), optimizer, lambda t: 0.1, num_training_steps=2)
-        except (wandb.Error, AttributeError) as error:
-            raise AssertionError(
-                f"train without an active W&B run: expected it to run, got {error!r}; "
-                "is wandb.log called although wandb.run is None?"
-            ) from error
         check_equal(len(optimizer.seen), 2, "optimizer steps without a W&B run")
 
 
@@ -420,8 +422,9 @@ def test_train_starts_at_start_step(lm, wandb_log):
     steps = []
     sgd = WatchedSGD(lm)
     train.train(lm, random_batches(), sgd, lambda t: steps.append(t) or 0.1, num_training_steps=7, start_step=4)
-    check_equal(steps, [4, 5, 6], "steps of the schedule, start_step = 4 of 7")
-    check_equal([step for step, _ in wandb_log], [4, 5, 6], "steps logged, start_step = 4 of 7")
+    wrong = {"start_step is ignored: train.py could not resume an interrupted run": [0, 1, 2, 3, 4, 5, 6]}
+    check_equal(steps, [4, 5, 6], "steps of the schedule, start_step = 4 of 7 (no points)", wrong)
+    check_equal([step for step, _ in wandb_log], [4, 5, 6], "steps logged, start_step = 4 of 7", wrong)
 
 
 def test_train_calls_on_step_after_each_step(lm, no_wandb_run):
@@ -429,7 +432,9 @@ def test_train_calls_on_step_after_each_step(lm, no_wandb_run):
     losses, results = losses_at(lm, 6), []
     options = {"num_training_steps": 3, "grad_accumulation_steps": 2, "on_step": results.append}
     train.train(lm, random_batches(), WatchedSGD(lm), negligible_rate, **options)
-    check_equal([result.step for result in results], [0, 1, 2], "step")
+    hint = "without on_step(StepResult(…)) after each step, train.py shows no progress and saves no state or curve"
+    got = [getattr(result, "step", result) for result in results]
+    check_equal(got, [0, 1, 2], "the steps that on_step is called with (no points)", hint=hint)
     by_step = [(losses[i] + losses[i + 1]) / 2 for i in (0, 2, 4)]
     check_close([result.loss for result in results], by_step, "loss of each step")
     check_close([result.train_loss for result in results], mistakes.running_mean(by_step, 20), "running mean")
@@ -457,7 +462,10 @@ def test_train_on_another_loss(lm, wandb_log):
     weights, losses = copy.deepcopy(lm.state_dict()), losses_at(lm, 2)
     optimizer, options = WatchedSGD(lm.eval()), {"grad_accumulation_steps": 2, "loss_fn": loss_fn}
     train.train(lm, random_batches(), optimizer, negligible_rate, autocast, num_training_steps=1, **options)
-    assert batches, "loss_fn: expected it to be called for every micro-batch, got no call"
+    assert batches, (
+        "loss_fn (no points): expected a call for every micro-batch, got none: train.py passes a loss that is "
+        "several times as fast as model(input_ids) and cross entropy"
+    )
     check_close(torch.stack(batches), torch.stack(first_batches(2)), "what loss_fn is called with")
     check_equal(contexts, [(True, True)] * 2, "loss_fn called (inside autocast, in training mode)")
     right = gradient_at(lm, weights, first_batches(2))
