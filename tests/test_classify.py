@@ -86,7 +86,8 @@ def check_labels(logits, calibrate, right, what, wrong):
     __tracebackhide__ = True
     got = classify.classify_binary_sentiment(logits, [NEGATIVE, POSITIVE], calibrate=calibrate)
     assert hasattr(got, "__iter__"), f"{what}: expected {right}, got {got!r}: is the return missing?"
-    check_equal([int(label) for label in got], right, what + (", calibrated" if calibrate else ""), wrong)
+    hint = "question 3.6: what may be assumed about how many reviews are positive?" if calibrate else ""
+    check_equal([int(label) for label in got], right, what + (", calibrated" if calibrate else ""), wrong, hint)
 
 
 @pytest.mark.question("3.4", "classify_binary_sentiment")
@@ -101,17 +102,17 @@ class TestClassifyBinarySentiment:
         check_labels(logits, False, [0, 1, 0, 0], what, mistakes.EQUAL_LOGITS)
 
     def test_calibrated_boundary_above_one_half(self):
-        # The median is 0.6, the mean 0.68; the rest of the vocabulary turns the order of the rows around.
+        # A model biased to "good"; the rest of the vocabulary turns the order of the rows around.
         p = [0.97, 0.55, 0.6, 0.66, 0.62, 0.51, 0.58, 0.98, 0.59]
-        logits, what = logits_for(p, others=[0, 9, 2, 8, 0, 7, 1, 9, 1]), "p(positive) with the median 0.6"
+        logits, what = logits_for(p, others=[0, 9, 2, 8, 0, 7, 1, 9, 1]), "nine p(positive), all above 0.5"
         check_labels(logits, True, [1, 0, 0, 1, 1, 0, 0, 1, 0], what, mistakes.BOUNDARY_ABOVE_ONE_HALF)
 
     def test_calibrated_boundary_below_one_half(self):
-        # A model biased to "bad": all below 0.5, median 0.2, mean 0.246.
-        logits, what = logits_for([0.1, 0.22, 0.2, 0.45, 0.15, 0.48, 0.12]), "p(positive) with the median 0.2"
+        # A model biased to "bad".
+        logits, what = logits_for([0.1, 0.22, 0.2, 0.45, 0.15, 0.48, 0.12]), "seven p(positive), all below 0.5"
         check_labels(logits, True, [0, 1, 0, 1, 0, 1, 0], what, mistakes.BOUNDARY_BELOW_ONE_HALF)
 
-    def test_an_even_number_of_rows_takes_the_lower_middle(self):
+    def test_calibration_of_an_even_number_of_rows(self):
         logits, what = logits_for([0.3, 0.9, 0.6, 0.2]), "p(positive) 0.3, 0.9, 0.6, 0.2"
         check_labels(logits, True, [0, 1, 1, 0], what, mistakes.EVEN_NUMBER)
 

@@ -355,7 +355,7 @@ class TestDecoderLM:
         x[0, 0, 2] = x[0, 1, 20] = x[0, 2, 5] = 1.0
         right = torch.tensor([[[100.0 * v + d for v in range(V)] for d in (2, 20, 5)]])
         wrong = {"a bias or a scale on the logits": right / math.sqrt(D)}
-        hint = "untied, or a copy: logits are x times token_embeddings.weight transposed, without bias"
+        hint = "untied, or a copy? the output matrix is token_embeddings.weight itself, without a bias"
         check_close(lm.token_logits(x), right, "token_logits of unit vectors 2, 20, 5", wrong, hint)
 
     def test_output_matrix_gets_its_gradient(self, lm):

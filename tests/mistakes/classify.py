@@ -50,6 +50,7 @@ def score_in_batches(model, rows, batch_size, pad_token):
 SWAPPED = "tokens_of_interest is [negative, positive], here swapped"
 WHOLE_VOCABULARY = "probabilities of the whole vocabulary, not of the two tokens"
 NOT_CALIBRATED = "calibrate ignored: boundary 0.5"
+OUTLIERS = "a boundary that a few extreme rows can move, so that most rows get one label"
 TIES_ARE_POSITIVE = "a row is 1 where p(positive) > boundary, not >="
 
 LIKELIER_TOKEN = {  # 0.9, 0.2, 0.51, 0.49, 0.7
@@ -60,18 +61,18 @@ LIKELIER_TOKEN = {  # 0.9, 0.2, 0.51, 0.49, 0.7
 EQUAL_LOGITS = {TIES_ARE_POSITIVE: [1, 1, 1, 0], SWAPPED: [0, 0, 0, 1]}  # 0.5, 0.6, 0.5, 0.4
 BOUNDARY_ABOVE_ONE_HALF = {  # 0.97, 0.55, 0.6, 0.66, 0.62, 0.51, 0.58, 0.98, 0.59
     NOT_CALIBRATED: [1, 1, 1, 1, 1, 1, 1, 1, 1],
-    "the mean, or the middle of the range, in place of the median": [1, 0, 0, 0, 0, 0, 0, 1, 0],
-    f"{TIES_ARE_POSITIVE}, and not > another quantile": [1, 0, 1, 1, 1, 0, 0, 1, 0],
+    f"{OUTLIERS}: the mean, or the middle of the range": [1, 0, 0, 0, 0, 0, 0, 1, 0],
+    f"{TIES_ARE_POSITIVE}; or more rows are made 1 than 0": [1, 0, 1, 1, 1, 0, 0, 1, 0],
     WHOLE_VOCABULARY: [1, 0, 0, 0, 1, 0, 1, 0, 1],
     SWAPPED: [0, 1, 0, 0, 0, 1, 1, 0, 1],
 }
 BOUNDARY_BELOW_ONE_HALF = {  # 0.1, 0.22, 0.2, 0.45, 0.15, 0.48, 0.12
     NOT_CALIBRATED: [0, 0, 0, 0, 0, 0, 0],
-    "the mean in place of the median": [0, 0, 0, 1, 0, 1, 0],
+    f"{OUTLIERS}: the mean": [0, 0, 0, 1, 0, 1, 0],
     "calibrated only upwards": [0, 0, 0, 0, 0, 0, 0],
 }
 EVEN_NUMBER = {  # 0.3, 0.9, 0.6, 0.2
-    "the upper middle value: torch.median is the lower one": [0, 1, 0, 0],
+    "only one of four rows is made 1": [0, 1, 0, 0],
     TIES_ARE_POSITIVE: [1, 1, 1, 0],
 }
 EQUAL_ROWS = {  # 0.8 five times

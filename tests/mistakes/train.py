@@ -22,24 +22,24 @@ SEQUENTIAL_BATCHES = {
 # --- cosine_lr_schedule: warm-up in steps 0 to 3, annealing from 1.0 to 0.2 in steps 4 to 11 ---
 
 WARM_UP = {  # steps 0, 1, 2, 3
-    "warm-up one step early: (t + 1) / a": [0.25, 0.5, 0.75, 1.0],
-    "warm-up reaches the peak one step early: t / (a - 1)": [0, 1 / 3, 2 / 3, 1.0],
+    "warm-up one step early: step 0 has the rate 0": [0.25, 0.5, 0.75, 1.0],
+    "warm-up reaches the peak one step early: at step a - 1, not a": [0, 1 / 3, 2 / 3, 1.0],
     "warm-up from min_lr: it starts at 0": [0.2, 0.4, 0.6, 0.8],
     "warm-up from min_lr with the slope of max_lr": [0.2, 0.45, 0.7, 0.95],
     "no warm-up": [1.0, 1.0, 1.0, 1.0],
 }
 ANNEALING = {  # steps 4, 6, 8, 10, 11
     "the cosine counts from step 0, not from the end of warm-up": [0.8, 0.6, 0.4, 0.253590, 0.213630],
-    "the cosine is b steps long, not b - a": [1.0, 0.946410, 0.8, 0.6, 0.496472],
-    "min_lr reached one step early: (t - a) / (b - a - 1)": [1.0, 0.849396, 0.510992, 0.239612, 0.2],
+    "the cosine is b steps long: it must end at step b": [1.0, 0.946410, 0.8, 0.6, 0.496472],
+    "min_lr reached one step early: at step b - 1, not b": [1.0, 0.849396, 0.510992, 0.239612, 0.2],
     "the cosine starts one step early": [0.969552, 0.753073, 0.446927, 0.230448, 0.2],
     "decay to 0, not to min_lr": [1.0, 0.853553, 0.5, 0.146447, 0.038060],
-    "amplitude max_lr, not max_lr - min_lr": [1.2, 1.053553, 0.7, 0.346447, 0.238060],
+    "the cosine falls by max_lr: it must end at min_lr": [1.2, 1.053553, 0.7, 0.346447, 0.238060],
     "a linear decay": [1.0, 0.8, 0.6, 0.4, 0.3],
     "a whole cosine": [1.0, 0.6, 0.2, 0.6, 0.882843],
     "a quarter of a cosine": [1.0, 0.939104, 0.765685, 0.506147, 0.356072],
     "a rising cosine": [0.2, 0.317157, 0.6, 0.882843, 0.969552],
-    "the factor 1/2 of the cosine is missing": [1.8, 1.565685, 1.0, 0.434315, 0.260896],
+    "the cosine falls by twice max_lr - min_lr": [1.8, 1.565685, 1.0, 0.434315, 0.260896],
 }
 AFTER_THE_END = {  # steps 12, 13, 20, 60
     "the cosine goes on after num_training_steps": [0.2, 0.230448, 1.0, 0.2],
