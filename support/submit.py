@@ -2,8 +2,8 @@
 
     python -m support.submit ANDREW_ID --checkpoint outputs/final/model.pt --report answers.pdf
 
-Prints `[OK]`, or `[FAIL]` with a remedy, for each requirement of the course. If all are met, it writes
-ANDREW_ID.zip into the current folder.
+Prints `[OK]`, or `[FAIL]` with a remedy, for each requirement of the course and for the points of the tests. If
+all are met, or with --force, it writes ANDREW_ID.zip into the current folder.
 """
 
 import argparse
@@ -79,7 +79,8 @@ def check_alone(files: dict[str, Path]) -> str:
         parts = json.loads(points.read_text(encoding="utf-8"))["tests"]
     got, full = (sum(part[key] for part in parts) for key in ("score", "max_score"))
     lost = [part["name"] for part in parts if part["score"] < part["max_score"]]
-    return f"the files run alone: {got} of {full} points" + (f", lost: {', '.join(lost)}" if lost else "")
+    require(not lost, f"the tests give {got} of {full} points, lost: {', '.join(lost)}; run pytest tests/")
+    return f"the files run alone and get {got} of {full} points in the tests"
 
 
 def check_checkpoint(files: dict[str, Path], named: str | None) -> str:
@@ -137,13 +138,14 @@ def main(argv: list[str] | None = None) -> None:
             passes(check_alone)
         passes(check_checkpoint, args.checkpoint)
         passes(check_report, f"{args.andrew_id}.pdf", args.report)
-        require(not failed or args.force, f"{len(failed)} checks failed; fix them, or pack with --force")
+        n_failed = f"{len(failed)} check{'s' * (len(failed) > 1)} failed"
+        require(not failed or args.force, f"{n_failed}, nothing is packed; fix it, or pack as it is with --force")
         target = Path(f"{args.andrew_id}.zip")
         with atomic_file(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, path in files.items():
                 if path.is_file():
                     archive.write(path, name)
-        verdict = f"WARNING: {len(failed)} checks failed, packed anyway" if failed else "Ready to hand in"
+        verdict = f"WARNING: {n_failed}, packed anyway" if failed else "Ready to hand in"
         print("\n" + bold(f"{verdict}: {target}") + f" ({target.stat().st_size / 1e6:.1f} MB)")
 
 
