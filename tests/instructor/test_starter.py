@@ -30,31 +30,32 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def graded(folder: Path) -> dict:
-    """The points of the folder's tests, as the autograder's file has them."""
+def graded(folder: Path) -> tuple[dict, str]:
+    """The points of the folder's tests, as the autograder's file has them, and what was printed."""
     files = [f"tests/test_{Path(name).stem}.py" for name in make_starter.GRADED]
     result = run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "--points-json", "points.json")
     assert (folder / "points.json").exists(), result.stdout + result.stderr
-    return json.loads((folder / "points.json").read_text(encoding="utf-8"))
+    return json.loads((folder / "points.json").read_text(encoding="utf-8")), result.stdout
 
 
 def test_handed_out_it_imports_and_scores_nothing_with_clear_failures(starter):
     names = [Path(name).stem for name in make_starter.GRADED]
     imported = run(starter, "-c", f"import {', '.join(names)}")
     assert imported.returncode == 0, imported.stderr
-    result = graded(starter)
+    result, printed = graded(starter)
     assert result["score"] == 0
     assert len(result["tests"]) == len(points.GROUPS), "every part must be decided"
     for part in result["tests"]:
         assert "NotImplementedError: question " in part["output"], part  # its own, or the model's that it needs
-        assert "could not be loaded" not in part["output"]
+    assert printed.count("is not written yet") == len(points.GROUPS), printed  # a line each, and no tracebacks
+    assert "FAILED" not in printed and "ERROR" not in printed and len(printed.splitlines()) < 50, printed
 
 
 def test_with_our_solution_it_gets_all_points(starter):
     for name in make_starter.GRADED:
         shutil.copyfile(ROOT / name, starter / name)
-    result = graded(starter)
-    assert result["score"] == FULL_POINTS, result
+    result, printed = graded(starter)
+    assert result["score"] == FULL_POINTS and "skipped" not in printed, printed
 
 
 def functions_of(text: str) -> dict[str, ast.FunctionDef]:
@@ -96,7 +97,7 @@ def filled(name: str) -> str:
 def test_filled_in_it_gets_all_points_and_the_commands_work(starter):
     for name in make_starter.GRADED:
         (starter / name).write_text(filled(name), encoding="utf-8")
-    assert graded(starter)["score"] == FULL_POINTS
+    assert graded(starter)[0]["score"] == FULL_POINTS
     settings = ("num_training_steps=3", "num_warmup_steps=1", "batch_size=2", "seq_len=8", "data=tiny.npz")
     settings += ("model_config.n_embd=4",)
     make_tokens = "import numpy as np; t = np.arange(90, dtype=np.uint16); np.savez('tiny', train=t, val=t)"
@@ -180,12 +181,34 @@ def test_what_is_left_out(starter):
 def test_the_readme_names_only_what_is_there(starter):
     text = (starter / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\b(?:configs|data|docs|report|support|tests)/[\w./-]*\w", text))
-    named -= {"data/tokens.npz"}  # fetched
+    named -= {"data/tokens.npz", "configs/mine.yaml", "report/template.pdf"}  # fetched, or made by the student
     assert {"configs/GPT-tiny.yaml", "report/template.tex"} <= named
     missing = [path for path in sorted(named) if not (starter / path).exists()]
     assert not missing, f"README.md of the student's edition names {missing}, which it does not have"
     for line in text.splitlines():
         assert len(line) <= 125 or line.startswith(("|", "    ")), f"a line too long to read in a terminal: {line}"
+
+
+def test_the_readme_is_the_homework(starter):
+    text = (starter / "README.md").read_text(encoding="utf-8")
+    questions = re.findall(r"^\*\*(\d\.\d)\*\* \((written|code), (\d+)\)", text, flags=re.MULTILINE)
+    in_template = re.findall(
+        r"\\question\{([\d.]+)\}\{(\d+) points", (starter / "report/template.tex").read_text()
+    )
+    written = [(number, n) for number, kind, n in questions if kind == "written" or number == "2.6"]
+    assert written == in_template
+    coded = {number: int(n) for number, kind, n in questions if kind == "code"}
+    for number, n in coded.items():
+        assert n == sum(p for (q, _), (p, _) in points.GROUPS.items() if q == number) or number == "2.6"
+    sections = [int(n) for n in re.findall(r"^## .*: (\d+) points$", text, flags=re.MULTILINE)]
+    by_section = [sum(int(n) for number, _, n in questions if number[0] == str(i)) for i in (1, 2, 3)]
+    assert sections == by_section == [35, 85, 40]
+    # Each group of points has its command, which runs all of the group's tests.
+    commands = re.findall(r"`pytest tests/(test_\w+\.py) -k (\w+) -q`", text)
+    for file in dict(commands):
+        tree = ast.parse((starter / "tests" / file).read_text(encoding="utf-8"))
+        classes = [n.name for n in tree.body if isinstance(n, ast.ClassDef) and "question" in ast.unparse(n)[:40]]
+        assert [name for f, name in commands if f == file] == classes
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path, capsys):
