@@ -58,6 +58,7 @@ class Tally:
         self.group_of = {}  # node id -> group
         self.outcomes = {}  # node id -> "passed", "failed" or "skipped"
         self.messages = {}  # node id -> first line of the failure
+        self.n_failed_without_points = 0
         self.deselected = set()  # groups with deselected tests
         self.hung = set()  # files with a test that did not end
         self.broken = {}  # test file that could not be loaded -> the reason, with file and line
@@ -110,6 +111,7 @@ class Tally:
 
     def pytest_runtest_logreport(self, report):
         if report.nodeid not in self.group_of or hasattr(report, "wasxfail"):
+            self.n_failed_without_points += report.failed
             return
         if report.failed:
             self.outcomes[report.nodeid] = "failed"
@@ -180,7 +182,10 @@ class Tally:
             terminalreporter.write_line(line("2.6", "perplexity of model.pt under 50", "", points, remark))
         total, possible = _total(rows)
         terminalreporter.write_line(line("total", "", "", f"{total} / {possible}", "").rstrip())
-        for note in self.notes(rows):
+        notes = self.notes(rows)
+        if self.n_failed_without_points:
+            notes.append(f"{self.n_failed_without_points} failures cost no points: what they test is optional")
+        for note in notes:
             terminalreporter.write_line(note)
         if path := self.config.getoption("points_json"):
             Path(path).write_text(json.dumps(self.results(rows), indent=2) + "\n", encoding="utf-8")

@@ -427,7 +427,7 @@ def test_train_starts_at_start_step(lm, wandb_log):
     check_equal([step for step, _ in wandb_log], [4, 5, 6], "steps logged, start_step = 4 of 7", wrong)
 
 
-def test_train_calls_on_step_after_each_step(lm, no_wandb_run):
+def test_train_calls_on_step_after_each_step(lm, wandb_log):
     takes(train.train, "on_step")
     losses, results = losses_at(lm, 6), []
     options = {"num_training_steps": 3, "grad_accumulation_steps": 2, "on_step": results.append}
@@ -441,13 +441,15 @@ def test_train_calls_on_step_after_each_step(lm, no_wandb_run):
     check_close([1e12 * result.learning_rate for result in results], [1, 2, 3], "1e12·learning_rate")
 
 
-def test_running_mean_continues_from_previous_losses(lm, no_wandb_run):
+def test_running_mean_continues_from_previous_losses(lm, wandb_log):
     takes(train.train, "previous_losses", "on_step")
     losses, previous, results = losses_at(lm, 2), [float(i) for i in range(30)], []
     options = {"num_training_steps": 2, "previous_losses": previous, "on_step": results.append}
     train.train(lm, random_batches(), WatchedSGD(lm), negligible_rate, **options)
     right = mistakes.running_mean(previous + losses, 20)[-2:]
-    check_close([result.train_loss for result in results], right, "train_loss after 30 previous losses")
+    check_close(
+        [result.train_loss for result in results], right, "train_loss after 30 previous losses (no points)"
+    )
 
 
 def test_train_on_another_loss(lm, wandb_log):
@@ -478,19 +480,24 @@ def test_train_on_another_loss(lm, wandb_log):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("share", [0.1, 10.0], ids=["a longer gradient", "a shorter gradient"])
-def test_grad_clip_limits_the_norm_of_the_whole_gradient(lm, no_wandb_run, accumulation, share):
+def test_grad_clip_limits_the_norm_of_the_whole_gradient(lm, wandb_log, accumulation, share):
     takes(train.train, "grad_clip")
     unclipped = gradient_at(lm, lm.state_dict(), first_batches(accumulation))
     options = {"grad_accumulation_steps": accumulation, "grad_clip": share * unclipped.norm().item()}
     optimizer = WatchedSGD(lm)
     train.train(lm, random_batches(), optimizer, lambda t: 0.1, num_training_steps=1, **options)
     right, wrong = min(share, 1.0) * unclipped, {"not clipped": unclipped} if share < 1 else {}
-    check_close(optimizer.seen[0]["gradient"], right, f"the gradient, grad_clip = {share} times its norm", wrong)
+    check_close(
+        optimizer.seen[0]["gradient"],
+        right,
+        f"the gradient, grad_clip = {share} times its norm (no points)",
+        wrong,
+    )
 
 
 @pytest.mark.parametrize("grad_clip", [None, 1.0])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_never_reaches_the_weights(lm, no_wandb_run, grad_clip, what):
+def test_what_is_not_finite_never_reaches_the_weights(lm, wandb_log, grad_clip, what):
     takes(train.train, "loss_fn", "grad_clip")
 
     def loss_fn(ids):
@@ -506,7 +513,10 @@ def test_what_is_not_finite_never_reaches_the_weights(lm, no_wandb_run, grad_cli
         changed = [name for name, value in lm.state_dict().items() if not torch.equal(value, weights[name])]
         check_equal(changed, [], f"weights changed by a {what} that is not finite")
         return
-    raise AssertionError(f"a {what} that is not finite: expected a FloatingPointError before the step, got none")
+    raise AssertionError(
+        f"a {what} that is not finite (no points): expected FloatingPointError before optimizer.step(), got none: "
+        "the rest of the run would be lost"
+    )
 
 
 class TestEvaluate:
