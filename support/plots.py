@@ -47,8 +47,8 @@ def plot_curve(
 ) -> None:
     """Plot the training loss with two reference lines (in nats), and the learning rate below it, over steps."""
     metrics = read_metrics(metrics_csv)
-    if len(metrics["step"]) == 0:
-        raise ValueError("metrics.csv has no rows: train() never called on_step")
+    if len(metrics["step"]) == 0:  # train() never called on_step
+        return
     figure, (above, below) = _figure(8, 6, n_rows=2, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     steps = metrics["step"]
     above.plot(steps, metrics["loss"], color=TRAIN, alpha=0.25, linewidth=0.8, label="each step")

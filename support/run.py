@@ -108,18 +108,47 @@ class TrainingRun:
         self._bar = ProgressBar(plan, progress.next_step, enabled=is_main)
         self._seconds_before = progress.seconds
         self._save_seconds = 0.0  # the latest save took
+        self._n_updates, self._reported = 0, False  # does train() report its steps?
+        self._hook = state.optimizer.register_step_pre_hook(self._before_update)
         self._started = self._last_save = time.perf_counter()
 
     def close(self) -> None:
         """Close the bar, the metrics and the W&B run."""
+        self._hook.remove()
         self._bar.close()
         if self._metrics:
             self._metrics.close()
         finish_tracking(self.result)
 
+    def _before_update(self, *_) -> None:
+        """Say in the second step that the first one was not reported: a student's train() may forget it."""
+        self._n_updates += 1
+        if self._n_updates == 2 and not self._reported:
+            self.signals.deferring = False  # Ctrl-C cannot wait for the report of a step
+            if self.world.is_main_process:
+                show_note(
+                    "train() does not call on_step(StepResult(…)) after each step: this run shows no progress, "
+                    "draws no curve, and can neither be saved before its end nor resumed."
+                )
+
+    def _start_elsewhere(self, step: int) -> None:
+        """Go on from the step that train() began with, though it is not start_step."""
+        show_note(
+            f"train() began with step {step}, not with start_step = {self.progress.next_step}: its loop should be "
+            "`for step in range(start_step, num_training_steps)`. The run goes on, but is not trained as planned."
+        )
+        self._bar.close()
+        self._metrics.close()
+        self._bar = ProgressBar(self.plan, step, enabled=True)
+        self._metrics = MetricsLog(self.folder / WORKING_METRICS, step)
+        self._seconds_before = 0.0
+
     def on_step(self, result: StepResult) -> None:
         """Log and show one step, save the state if it is due, stop if a signal came."""
         now, progress = time.perf_counter(), self.progress
+        if not self._reported and result.step != progress.next_step and self.world.is_main_process:
+            self._start_elsewhere(result.step)
+        self._reported = True
         progress.next_step = n_steps = result.step + 1
         progress.seconds = self._seconds_before + now - self._started
         progress.recent_losses = [*progress.recent_losses, result.loss][-RUNNING_MEAN_STEPS:]

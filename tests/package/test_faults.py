@@ -4,7 +4,9 @@ import contextlib
 import http.server
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 import torch
 from tiny_run import TinyRun, at_batches, leave_out_what_is_slow
 
+import generate
 import train
 from model import DecoderLM
 from support import results, run, tracking
@@ -413,18 +416,45 @@ def test_picture_that_cannot_be_drawn_costs_nothing(tmp_path, monkeypatch, capsy
     assert (tiny.out / "model.pt").exists() and not tiny.state.exists()
 
 
-def test_train_that_never_calls_on_step_ends_without_a_curve(tmp_path, monkeypatch, capsys):
-    """A student's train() may ignore the hook: then there are no rows, and nothing else is lost."""
-    plain = train.train
+def test_train_that_never_calls_on_step_says_so_at_its_second_step_and_ends_well(tmp_path, monkeypatch, capsys):
+    plain, when, note = train.train, [], "train() does not call on_step(StepResult(…))"
     monkeypatch.setattr(results, "plot_curve", plot_curve)
     monkeypatch.setattr(train, "train", lambda *args, on_step, **keys: plain(*args, **keys))
     tiny = TinyRun(tmp_path)
+    at_batches(monkeypatch, {4: lambda: when.append(capsys.readouterr().out)})  # as the third step begins
     assert tiny.main() == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert printed.count("train() never called on_step") == 1
+    assert when[0].count(note) == 1 and note not in capsys.readouterr().out
     assert tiny.rows() == 1 and not (tiny.out / "curve.png").exists() and not tiny.state.exists()
     assert json.loads((tiny.out / "run.json").read_text())["seconds"] > 0
     assert json.loads((tiny.out / "eval.json").read_text())["val-loss"] > 0
+
+
+def test_train_that_ignores_start_step_says_so_and_ends_well(tmp_path, monkeypatch, capsys):
+    plain, tiny = train.train, TinyRun(tmp_path)
+    with monkeypatch.context() as patch:
+        at_batches(patch, {6: lambda: os.kill(os.getpid(), signal.SIGINT)})
+        assert tiny.main() == 130 and tiny.state.exists()
+    monkeypatch.setattr(train, "train", lambda *args, start_step, **keys: plain(*args, **keys))
+    capsys.readouterr()
+    assert tiny.main() == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("train() began with step 0, not with start_step = 4") == 1, printed
+    assert "step 6/6" in printed and not re.search(r"-\S+ tok/s", printed), printed
+    rows = (tiny.out / "metrics.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == list("012345") and not tiny.state.exists()
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("question 3.1: not written yet"), IndexError("7")])
+def test_generate_that_fails_costs_only_the_sample_text(tmp_path, monkeypatch, capsys, error):
+    def unfinished(*args, **keys):
+        raise error
+
+    monkeypatch.setattr(generate, "generate", unfinished)
+    tiny = TinyRun(tmp_path)
+    assert tiny.main() == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"No sample text: generate() raised {type(error).__name__} ({error})" in printed
+    assert (tiny.out / "model.pt").exists() and (tiny.out / "eval.json").exists()
 
 
 def test_histogram_that_cannot_be_drawn_costs_nothing(tmp_path, capsys):
