@@ -52,6 +52,8 @@ def as_user_error(
     """The error as a message for the user, or None if it is a bug, which needs its traceback."""
     if isinstance(error, UserError):
         return error
+    if isinstance(error, NotImplementedError) and "not written yet" in str(error):  # the student's edition
+        return UserError(f"{error}")
     if is_out_of_memory(error):
         return RunStopped(f"out of memory{memory_remedy} ({first_line(error)})")
     if isinstance(error, OSError):

@@ -42,6 +42,11 @@ def test_handed_out_it_imports_and_scores_nothing_with_clear_failures(starter):
     names = [Path(name).stem for name in make_starter.GRADED]
     imported = run(starter, "-c", f"import {', '.join(names)}")
     assert imported.returncode == 0, imported.stderr
+    command = run(starter, "train.py", "configs/smoke.yaml")
+    assert (command.returncode, command.stderr) == (
+        2,
+        "error: question 1.3: DecoderLM.__init__ is not written yet\n",
+    )
     result, printed = graded(starter)
     assert result["score"] == 0
     assert len(result["tests"]) == len(points.GROUPS), "every part must be decided"
