@@ -191,11 +191,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--num_samples", type=positive_int, default=1, metavar="N", help="per prefix (default: 1)")
     parser.add_argument("--batch_size", type=positive_int, default=8, metavar="B", help="at once (default: 8)")
+    parser.add_argument("--device", default="auto", help="auto (default), cuda, mps or cpu, as in the YAML")
     args = parser.parse_args(argv)
 
     with exit_on_user_error():
         prompts = [prefix for prefix in read_prefixes(args.prefixes) for _ in range(args.num_samples)]
-        trained = load_trained_model(args.config, args.checkpoint)
+        trained = load_trained_model(args.config, args.checkpoint, args.device)
         show_generation_header(trained, args)
 
         torch.manual_seed(args.seed)

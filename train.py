@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
             show_evaluation(args.evaluate, setup, evaluate(model, val_batches, setup.autocast, loss_fn=loss_fn))
             return
 
-        train_batches = random_batch_sampler(corpus.train, device, c.batch_size, c.seq_len)
+        train_batches = setup.on_device(random_batch_sampler(corpus.train, "cpu", c.batch_size, c.seq_len))
         optimizer = torch.optim.AdamW(
             model.parameters(), betas=(0.9, 0.95), weight_decay=c.weight_decay, fused=setup.hardware.fused
         )

@@ -125,15 +125,15 @@ class TrainedModel:
         }
 
 
-def load_trained_model(config_path: str | None, checkpoint: str | None) -> TrainedModel:
-    """The model that the two flags name, by default the newest one, on the best device of this machine.
+def load_trained_model(config_path: str | None, checkpoint: str | None, device: str = "auto") -> TrainedModel:
+    """The model that the two flags name, by default the newest one, on the device.
 
     Raises UserError if there is none, or if it cannot be loaded.
     """
     path, how_found = find_checkpoint(config_path, checkpoint)
     require(path.is_file(), f"{path}: no such checkpoint; train one with python train.py")
     config = load_config(config_path or str(path.parent / "config.yaml"))
-    hardware = choose_hardware()
+    hardware = choose_hardware(device)
     tokenizer = get_tokenizer(config.tokenizer_encoding)
     # The file is read first: a configuration that is far too large for it never becomes a model in memory.
     state = _read_weights(path, config.model_config, tokenizer.n_vocab)

@@ -37,9 +37,17 @@ class ChunkedLanguageModelingLoss(LanguageModelingLoss):
     differentiated once; a second backward pass raises RuntimeError.
     """
 
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.hidden_states = model.hidden_states
+
+    def compile(self, **options) -> None:
+        """Compile the hidden states, the part without branches on computed values, in place."""
+        self.hidden_states = torch.compile(self.model.hidden_states, **options)
+
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids (B, S) -> mean next-token cross entropy in nats, a scalar."""
-        hidden = self.model.hidden_states(input_ids)[:, :-1].flatten(end_dim=1)  # (N, D)
+        hidden = self.hidden_states(input_ids)[:, :-1].flatten(end_dim=1)  # (N, D)
         weight = self.model.token_embeddings.weight  # (V, D)
         labels = input_ids[:, 1:].flatten()  # (N,)
         with torch.autocast(hidden.device.type, enabled=False):

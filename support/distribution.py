@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from support.errors import RunStopped, UserError, require
+from support.hardware import cuda_problem
 
 PATIENCE = timedelta(minutes=30)  # how long to wait for another process, such as rank 0 while it tokenises a text
 EVALUATION_PATIENCE = timedelta(days=7)  # for rank 0, which evaluates alone
@@ -38,8 +39,8 @@ class World:
             return requested
         known = requested in ("auto", "cuda", "cpu")
         require(known, f"{self.size} processes cannot share device = '{requested}'; use auto, cuda or cpu")
-        if requested == "cpu" or not torch.cuda.is_available():
-            return requested.replace("auto", "cpu")
+        if requested == "cpu" or cuda_problem():  # a problem is told where the device is chosen
+            return requested.replace("auto", "cpu") if torch.backends.mps.is_available() else requested
         here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         require(here <= gpus, f"{here} processes, but {gpus} GPUs here; start torchrun --nproc_per_node={gpus}")
         torch.cuda.set_device(self.local_rank)

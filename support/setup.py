@@ -1,6 +1,6 @@
 """The inputs of a training run: configuration, device, tokenizer, corpus and processes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from support.config import TrainingConfig, load_config
 from support.corpus import Corpus, load_corpus
 from support.distribution import World, join_world
 from support.errors import exit_on_user_error
-from support.hardware import Hardware, choose_hardware
+from support.hardware import Hardware, batches_on, choose_hardware
 from support.tokenizer import get_tokenizer
 
 
@@ -44,6 +44,10 @@ class Setup:
     def tokens_per_step(self) -> int:
         """Tokens that all processes train on in one step."""
         return self.global_batch_size * self.config.seq_len * self.config.grad_accumulation_steps
+
+    def on_device(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The batches, sampled on the CPU, on the device."""
+        return batches_on(self.device, batches)
 
     def distribute(self, loss_fn: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         """The loss to train with: averaged over all processes if there are several, else loss_fn itself."""

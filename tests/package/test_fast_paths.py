@@ -1,12 +1,14 @@
 """Every fast path gives what the plain one gives."""
 
 import os
+import shutil
 import signal
 import subprocess
 
 import pytest
 import tiny_run
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -93,8 +95,7 @@ def test_chunked_loss_is_as_exact_as_the_library_at_std_8():
     model, input_ids = random_model(500, std=8.0)
     hidden, weight = model.parameters()
     expected = plain_loss(model, input_ids)[0]
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=128)
-    library = F.linear_cross_entropy(hidden, weight, input_ids[0, 1:], options=options)
+    library = F.cross_entropy(hidden @ weight.T, input_ids[0, 1:])
     ours = ChunkedLanguageModelingLoss(model)(input_ids)
     one_rounding = expected.item() * 2**-23
     assert abs(ours - expected) <= max(abs(library - expected), 2 * one_rounding)
@@ -225,6 +226,32 @@ def test_compilation_is_tried_before_the_module_is_compiled(monkeypatch):
     with pytest.raises(UserError, match="nothing compiles here .*no g.. here.*or give compile: false"):
         compile_forward(module, torch.device("cpu"))
     assert compiled == [module]
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU, and it is not installed"
+)
+@pytest.mark.parametrize("loss_class", [ChunkedLanguageModelingLoss, LanguageModelingLoss])
+def test_soak_compiled_loss_is_one_graph_compiled_once_and_equal(randomise, loss_class):
+    """Not one step may leave the compiled code, or compile it again."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model = randomise(DecoderLM(V, D, 3, 16, 2, p_dropout=0.0))
+    loss_fn, parameters = loss_class(model), list(model.parameters())
+    compile_forward(loss_fn, torch.device("cpu"))
+    n_graphs = []
+    for _ in range(4):
+        input_ids = torch.randint(V, (3, 16))
+        loss, right = loss_fn(input_ids), loss_class(model)(input_ids)
+        torch.testing.assert_close(loss, right, atol=1e-5, rtol=1e-5)
+        gradients = (torch.autograd.grad(value, parameters) for value in (loss, right))
+        for got, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+        n_graphs.append(counters["stats"]["unique_graphs"])
+    assert not counters["graph_break"]
+    assert n_graphs == [2] * 4, "one graph is the trial of the compiler, one the loss"
 
 
 @pytest.mark.soak

@@ -1,4 +1,4 @@
-"""The choice of the device, and what the commands print: numbers, the bar, errors, the results of a run."""
+"""What the commands print: numbers, the bar, errors, the results of a run."""
 
 import io
 import json
@@ -14,108 +14,14 @@ import torch
 from tiny_run import ROOT, TinyRun, at_batches, leave_out_what_is_slow
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from support import checkpoint, hardware, results, run, state
+from support import checkpoint, results, run
 from support.classification import area_under_roc
 from support.config import load_config
 from support.errors import UserError, exit_on_user_error
 from support.generation import read_prefixes
-from support.hardware import choose_hardware
 from support.screen import bold, count, duration
 
 CONFIGS = ROOT / "configs"
-
-
-# --- the device: the answers of CUDA and MPS are substituted here ----------------------------------------
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    """machine(n_gpus, bf16, mps) substitutes what PyTorch says of this machine."""
-
-    def substitute(n_gpus=0, bf16=False, mps=False):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-
-    return substitute
-
-
-@pytest.mark.parametrize(
-    ("there", "asked", "device", "dtype", "fused", "reason"),
-    [
-        ({"n_gpus": 2, "bf16": True, "mps": True}, "auto", "cuda", torch.bfloat16, True, "with bfloat16"),
-        ({"n_gpus": 2, "bf16": True}, "cuda:1", "cuda:1", torch.bfloat16, True, "with bfloat16"),
-        ({"n_gpus": 1}, "cuda", "cuda", torch.float32, True, "without bfloat16"),
-        ({"mps": True}, "auto", "mps", torch.float32, False, "Apple"),
-        ({}, "auto", "cpu", torch.float32, True, "no GPU found"),
-        ({"n_gpus": 1}, "cpu", "cpu", torch.float32, True, "as requested"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:CUDA is not available")
-def test_device(machine, there, asked, device, dtype, fused, reason):
-    machine(**there)
-    chosen = choose_hardware(asked)
-    assert (chosen.device, chosen.dtype, chosen.fused) == (torch.device(device), dtype, fused)
-    assert reason in str(chosen) and str(chosen).startswith(device)
-    if "cuda" in device:
-        assert torch.get_float32_matmul_precision() == "high", "products that stay in float32 should use TF32"
-    if dtype == torch.bfloat16:
-        assert chosen.autocast().fast_dtype == dtype and chosen.autocast().device == "cuda"
-
-
-@pytest.mark.parametrize(
-    ("capability", "coarse", "precision"),
-    [("AVX512", False, "medium"), ("AVX512", True, "highest"), ("AVX2", False, "highest")],
-    ids=["exact products", "products in bfloat16", "no AVX-512"],
-)
-def test_other_library_for_float32_only_where_its_products_are_exact(monkeypatch, capability, coarse, precision):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    if coarse:
-        matmul = torch.Tensor.__matmul__
-        monkeypatch.setattr(
-            torch.Tensor,
-            "__matmul__",
-            lambda a, b: matmul(a.bfloat16(), b.bfloat16()).float() if a.dtype == torch.float32 else matmul(a, b),
-        )
-    state = torch.get_rng_state()
-    choose_hardware("cpu")
-    assert torch.get_float32_matmul_precision() == precision
-    assert torch.equal(torch.get_rng_state(), state), (
-        "the trial must not move the generator that training draws from"
-    )
-
-
-def test_products_chosen_for_this_machine_are_float32s():
-    choose_hardware("cpu")
-    a, b = torch.randn(2, 300, 300)
-    torch.testing.assert_close(a @ b, (a.double() @ b.double()).float(), rtol=0, atol=2e-4)  # bfloat16: 0.2
-
-
-@pytest.mark.parametrize("asked", ["cuda", "cuda:0", "cuda:2", "mps", "gpu", "cpu:0", "cuda:x", "meta"])
-def test_device_that_is_not_there(machine, asked):
-    machine(n_gpus=2 if asked == "cuda:2" else 0)
-    with pytest.raises(UserError, match=f"device = '{asked}'.*use auto"):
-        choose_hardware(asked)
-
-
-def test_facts_of_a_gpu(machine, monkeypatch):
-    machine(n_gpus=1)
-    gpu = choose_hardware("cuda").device
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 20)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.ones(3))
-    assert choose_hardware("cuda").name == "a GPU" and hardware.peak_memory_mib(gpu) == 3
-    assert torch.equal(state.random_state(gpu)["cuda"], torch.ones(3))
-    restored = []
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda values, device: restored.append(values))
-    state._restore_random_state(state.random_state(gpu), gpu)
-    state._restore_random_state(state.random_state(torch.device("cpu")), gpu)  # a run that began on a CPU
-    assert len(restored) == 1
-
-
-def test_speed_of_the_processor_is_measured():
-    cpu = choose_hardware("cpu")
-    assert hardware.matrix_product_rate(cpu, size=64) > 1e6 and cpu.name.endswith("threads")
 
 
 # --- words and numbers on the screen ----------------------------------------------------------------------
