@@ -3,6 +3,7 @@
     python report/bench.py                           # everything: under 9 minutes on 2 CPU cores
     python report/bench.py --only train --quick      # one part, one repetition
     LD_PRELOAD=libtcmalloc.so.4 python report/bench.py --json bench.json    # with another allocator
+    python report/bench.py --device cuda             # on a GPU: see bench_gpu.py
 
 Three contenders do the same work in float32 on the CPU, each as it comes:
 
@@ -135,12 +136,12 @@ def textbook_score(model: TextbookLM, texts: list[list[int]]) -> torch.Tensor:
     return torch.cat(scores)
 
 
-def transformers_model(config: dict[str, int]) -> nn.Module:
+def transformers_model(config: dict[str, int], **options) -> nn.Module:
     """GPT-2 as it comes (SDPA, dropout 0.1), with our exact GELU and without a token that ends generation."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     unlike_gpt2 = {"activation_function": "gelu", "bos_token_id": None, "eos_token_id": None}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=N_VOCAB, **config, **unlike_gpt2))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=N_VOCAB, **config, **unlike_gpt2, **options))
     model.loss_type = "ForCausalLM"  # its default, named because version 5 warns otherwise
     return model
 
@@ -449,6 +450,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one repetition of everything")
     parser.add_argument("--only", choices=["train", "generate", "score"], help="one part of the bench")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:1")
     parser.add_argument("--json", metavar="FILE", help="write the unrounded tables to FILE")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -457,6 +459,18 @@ def main(argv: list[str] | None = None) -> None:
 
     results: dict = {"environment": environment()}
     print("; ".join(f"{key} {value}" for key, value in results["environment"].items()), flush=True)
+    if args.device == "cpu":
+        bench_cpu(args, results)
+    else:
+        from bench_gpu import bench_gpu
+
+        bench_gpu(args.device, args.quick, results)
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def bench_cpu(args: argparse.Namespace, results: dict) -> None:
+    """Measure, print and keep the tables in `results`."""
 
     def report(title: str, bench: Callable[..., dict], *calls: tuple) -> None:
         results[title] = [bench(*call) for call in calls]
@@ -475,8 +489,6 @@ def main(argv: list[str] | None = None) -> None:
         report(title, bench_generation, (1, repetitions(3)), (8, repetitions(2)))
     if args.only in (None, "score"):
         report("Next-token scores, d256 L4", bench_scoring, (repetitions(2),))
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,14 @@ pytest_plugins = ["points"]
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "soak: a long test, run only with -m soak")
+    config.addinivalue_line("markers", "gpu: a test that needs a CUDA GPU, skipped where there is none")
 
 
 def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="PyTorch finds no usable CUDA GPU here"))
     if "soak" in config.option.markexpr:
         return
     soak = [item for item in items if item.get_closest_marker("soak")]
