@@ -141,7 +141,7 @@ def join_world():
         yield World()
         return
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    dist.init_process_group("gloo" if cuda_problem() else "cpu:gloo,cuda:nccl", timeout=PATIENCE)
     at_the_end = dist.new_group(backend="gloo", timeout=EVALUATION_PATIENCE)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if world.rank else sys.stdout):
         try:

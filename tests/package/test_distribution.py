@@ -18,6 +18,7 @@ from tiny_run import ROOT, TinyRun, at_batches, leave_out_what_is_slow, processe
 
 import train
 from model import DecoderLM
+from support import distribution
 from support.chunked_loss import LanguageModelingLoss
 from support.distribution import LOST, World, join_world, lost_process
 from support.errors import UserError
@@ -308,10 +309,12 @@ def test_every_rank_has_its_own_gpu(monkeypatch):
     world = World(5, 8, 1)
     assert world.device("cpu") == "cpu"
     chosen = []
-    cuda = SimpleNamespace(is_available=lambda: False, device_count=lambda: 2, set_device=chosen.append)
-    monkeypatch.setattr(torch, "cuda", cuda)
-    assert world.device("auto") == "cpu" and world.device("cuda") == "cuda"  # refused by choose_hardware
-    cuda.is_available = lambda: True
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(device_count=lambda: 2, set_device=chosen.append))
+    monkeypatch.setattr(distribution, "cuda_problem", lambda: "no GPU found")
+    assert world.device("auto") == "auto" and world.device("cuda") == "cuda"  # choose_hardware says what is wrong
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert world.device("auto") == "cpu", "several processes cannot share an Apple GPU"
+    monkeypatch.setattr(distribution, "cuda_problem", lambda: None)
     assert world.device("auto") == world.device("cuda") == "cuda:1" and chosen == [1, 1]
     with pytest.raises(UserError, match="8 processes cannot share device = 'cuda:0'"):
         world.device("cuda:0")
