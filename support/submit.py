@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from support.errors import UserError, exit_on_user_error, require
@@ -26,6 +27,22 @@ from support.screen import bold, heading
 CODE = ("model.py", "train.py", "generate.py", "classify.py")
 ALLOWED = {"torch", "numpy", "yaml", "wandb", "datasets", "tqdm", "tiktoken"}  # the assignment's packages
 ALLOWED |= sys.stdlib_module_names | {name.removesuffix(".py") for name in CODE} | {"support"}
+# What the homework never needs, but what could reach the process or the tests that grade it
+ALLOWED -= {
+    "_thread",
+    "atexit",
+    "builtins",
+    "concurrent",
+    "ctypes",
+    "importlib",
+    "multiprocessing",
+    "pkgutil",
+    "pty",
+}
+ALLOWED -= {"runpy", "signal", "site", "socket", "subprocess", "threading", "unittest"}
+UNSAFE = {"__import__", "__builtins__", "exec", "eval", "os._exit", "os.abort", "os.fork", "os.getppid", "os.kill"}
+UNSAFE |= {"os.killpg", "os.popen", "os.setsid", "os.system", "sys._getframe", "sys.modules", "sys.setprofile"}
+UNSAFE |= {"sys.settrace", "gc.get_objects", "gc.get_referrers", "inspect.currentframe", "inspect.stack"}
 READY_MADE = {"Transformer", "TransformerEncoder", "TransformerEncoderLayer", "TransformerDecoder"}
 READY_MADE |= {"TransformerDecoderLayer", "MultiheadAttention", "multi_head_attention_forward"}
 READY_MADE |= {"scaled_dot_product_attention", "flex_attention"}
@@ -35,26 +52,38 @@ MAKE_PDF = "make it from report/template.tex, or name it with --report"
 SHIPPED_SHA256 = frozenset({"f3652ae043f8d1140ea39167af74fe77ac01e786a7c5731a9aa7a365d71fdadd"})
 
 
+def broken_rules(name: str, source: bytes) -> Iterator[tuple[str, bool]]:
+    """What the assignment does not allow in a graded file: (sentence, whether the file can still be run)."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deep
+        line = f", line {error.lineno}," if isinstance(error, SyntaxError) and error.lineno else ""
+        problem = getattr(error, "msg", None) or f"{error}" or "nested too deep"
+        yield f"{name}{line} is not valid Python ({problem}); fix it", False
+        return
+    for node in ast.walk(tree):
+        names, packages = [getattr(node, "attr", ""), getattr(node, "id", "")], []
+        dotted = [getattr(node, "id", ""), f"{getattr(getattr(node, 'value', ''), 'id', '')}.{names[0]}"]
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = packages = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            packages, dotted = [node.module or "."], [f"{node.module}.{name}" for name in names]
+        # main() may use support; `check_alone` finds an import of it at the top of a file.
+        for package in {path.partition(".")[0] or "." for path in packages} - ALLOWED:
+            yield f"{name}, line {node.lineno}, imports '{package}': not allowed; remove it", False
+        for word in UNSAFE.intersection(dotted):
+            yield f"{name}, line {node.lineno}, uses {word}: not allowed; remove it", False
+        for word in READY_MADE.intersection(names):
+            yield f"{name}, line {node.lineno}, uses {word}; write it with tensor operations", True
+
+
 def check_code(files: dict[str, Path]) -> str:
     """The four files exist, are valid Python, and import and use only what the assignment allows."""
     files |= {name: ROOT / name for name in CODE}  # all of them, also for --force
     for name in CODE:
         require(files[name].is_file(), f"{name} is missing; put it into {ROOT}")
-        try:
-            tree = ast.parse(files[name].read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError) as error:
-            raise UserError(f"{name} is not valid Python ({error}); fix it") from None
-        for node in ast.walk(tree):
-            names, packages = [getattr(node, "attr", ""), getattr(node, "id", "")], []
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = packages = [alias.name for alias in node.names]
-            if isinstance(node, ast.ImportFrom):
-                packages = [node.module or "."]
-            # main() may use support; `check_alone` finds an import of it at the top of a file.
-            for package in {path.partition(".")[0] or "." for path in packages} - ALLOWED:
-                raise UserError(f"{name}, line {node.lineno}, imports '{package}': not allowed; remove it")
-            for word in READY_MADE.intersection(names):
-                raise UserError(f"{name}, line {node.lineno}, uses {word}; write it with tensor operations")
+        for sentence, _ in broken_rules(name, files[name].read_bytes()):
+            raise UserError(sentence)
     return f"{', '.join(CODE)}: allowed imports only, no ready-made layers"
 
 
@@ -83,13 +112,10 @@ def check_alone(files: dict[str, Path]) -> str:
     return f"the files run alone and get {got} of {full} points in the tests"
 
 
-def check_checkpoint(files: dict[str, Path], named: str | None) -> str:
-    """model.pt is the student's own, small enough, and loads with the config.yaml beside it."""
-    from support.checkpoint import find_checkpoint, load_trained_model  # here, because these import model.py
+def load_own_model(path: Path):
+    """The TrainedModel in a model.pt, its megabytes and training FLOPs. UserError if it is against the rules."""
+    from support.checkpoint import load_trained_model  # here, because it imports model.py
 
-    path = find_checkpoint(None, named)[0]
-    files |= {"model.pt": path, "config.yaml": path.parent / "config.yaml"}
-    require(path.name == "model.pt", f"{path}: the course asks for the exact name model.pt; rename it")
     trained = load_trained_model(None, str(path))
     shipped = hashlib.sha256(path.read_bytes()).hexdigest() in SHIPPED_SHA256
     require(not shipped, f"{path} came with the package; hand in one of your own")
@@ -100,6 +126,17 @@ def check_checkpoint(files: dict[str, Path], named: str | None) -> str:
     tokens = c.num_training_steps * c.grad_accumulation_steps * c.batch_size * c.seq_len
     flops = trained.model.flops_per_token * tokens
     require(flops <= MOST_FLOPS, f"{path} took {flops:.3g} FLOPs, more than the 1e17 allowed; train fewer steps")
+    return trained, megabytes, flops
+
+
+def check_checkpoint(files: dict[str, Path], named: str | None) -> str:
+    """model.pt is the student's own, small enough, and loads with the config.yaml beside it."""
+    from support.checkpoint import find_checkpoint
+
+    path = find_checkpoint(None, named)[0]
+    files |= {"model.pt": path, "config.yaml": path.parent / "config.yaml"}
+    require(path.name == "model.pt", f"{path}: the course asks for the exact name model.pt; rename it")
+    _, megabytes, flops = load_own_model(path)
     return f"{path}: {megabytes:.1f} MB, fits the config.yaml beside it, {flops:.3g} of 1e17 FLOPs"
 
 
