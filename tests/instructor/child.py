@@ -55,13 +55,10 @@ def reporter(fd: int, key: bytes):
 class Reports:
     """A pytest plugin: runs the wanted tests (None: all that give points) and reports what happens."""
 
-    def __init__(self, report, wanted: list[str] | None, seconds: float):
-        self.report, self.wanted, self.seconds = report, wanted and set(wanted), seconds
+    def __init__(self, report, job: dict):
+        self.report, self.wanted = report, job["tests"] and set(job["tests"])
+        self.loading, self.seconds = job["loading"], job["seconds"]
         self.failed = {}  # node id -> True, False, or missing while its call was not reported
-
-    def watch(self):
-        """If nothing else happens for so long, write to stderr which line the code is at."""
-        faulthandler.dump_traceback_later(self.seconds)
 
     def pytest_configure(self, config):
         self.config = config
@@ -73,7 +70,7 @@ class Reports:
     def pytest_collectstart(self, collector):
         if isinstance(collector, pytest.Module):
             self.report("load", collector.path.name)
-            self.watch()
+            faulthandler.dump_traceback_later(self.loading)  # to stderr: the line where the code hangs
 
     @pytest.hookimpl(trylast=True)
     def pytest_collectreport(self, report):
@@ -90,7 +87,7 @@ class Reports:
 
     def pytest_runtest_logstart(self, nodeid):
         self.report("start", nodeid)
-        self.watch()
+        faulthandler.dump_traceback_later(self.seconds)
 
     def pytest_runtest_logreport(self, report):
         # A test of the package may skip itself; a hand-in's code may not.
@@ -115,7 +112,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     limit(job["memory"], job["file_bytes"], job["processes"])
     faulthandler.enable()
-    plugin = Reports(reporter(job["fd"], bytes.fromhex(job["key"])), job["tests"], job["seconds"])
+    plugin = Reports(reporter(job["fd"], bytes.fromhex(job["key"])), job)
     options = ["-q", "-s", "--tb=short", "-c", "pytest.ini", "--rootdir=.", "-p", "no:cacheprovider"]
     options += ["-p", "no:faulthandler", *(["--collect-only"] if job["tests"] is None else [])]
     files = [f"tests/{file}" for file in job["files"]]

@@ -46,7 +46,9 @@ from support.files import write_atomically  # noqa: E402
 from support.submit import CODE  # noqa: E402
 
 FILES = list(dict.fromkeys(file for _, file in points.GROUPS.values()))
-SECONDS, SECONDS_IN_ALL, SECONDS_PERPLEXITY = 60, 900, 1800  # a test or an import; a hand-in's tests
+SECONDS, SECONDS_LOADING = 60, 90  # without a report: while a test runs, and while a file is loaded
+SECONDS_STARTING = 120  # before any code of the hand-in runs
+SECONDS_IN_ALL, SECONDS_PERPLEXITY = 900, 1800  # for all tests of a hand-in; for its perplexity
 MEMORY_BYTES, FILE_BYTES, PROCESSES, FIRST_USER = 4 << 30, 64 << 20, 256, 61_000
 MOST_PERPLEXITY = 50  # question 2.6
 CONTROLS = """
@@ -111,7 +113,7 @@ def run_child(folder: Path, job: dict, deadline: float, slot: int | None) -> tup
     """Run child.py on a folder. Returns its genuine reports in their order, and a sentence on how it ended."""
     key, (read, write) = secrets.token_bytes(32), os.pipe()
     limits = {"memory": MEMORY_BYTES, "file_bytes": FILE_BYTES, "processes": None if slot is None else PROCESSES}
-    job = {"fd": write, "key": key.hex(), "seconds": SECONDS, **limits, **job}
+    job = {"fd": write, "key": key.hex(), "loading": SECONDS_LOADING, "seconds": SECONDS, **limits, **job}
     with lock:
         process = subprocess.Popen(
             [sys.executable, "-IB", "child.py"],
@@ -126,7 +128,7 @@ def run_child(folder: Path, job: dict, deadline: float, slot: int | None) -> tup
         )
         started.add(process.pid)
     os.close(write)
-    reports, buffer, errors, why = [], b"", b"", ""
+    reports, buffer, errors, why, seconds = [], b"", b"", "", SECONDS_STARTING
     base, heard = hashlib.blake2b(key=key), time.monotonic()
     try:
         with selectors.DefaultSelector() as selector, suppress(BrokenPipeError):
@@ -153,8 +155,10 @@ def run_child(folder: Path, job: dict, deadline: float, slot: int | None) -> tup
                                 heard = time.monotonic()
                 if not events and process.poll() is not None:
                     break
-                if time.monotonic() > min(deadline, heard + job["seconds"] + 1):
-                    why = f"no answer in {job['seconds']:g} s: does a loop never end?"
+                if reports:  # else it still starts
+                    seconds = job["seconds" if reports[-1][0] == "start" else "loading"]
+                if time.monotonic() > min(deadline, heard + seconds + 1):
+                    why = f"no answer in {seconds:g} s: does a loop never end?"
                     if time.monotonic() > deadline:
                         why = "the time for one hand-in is over"
     finally:
@@ -295,8 +299,8 @@ def grade(path: Path, expected: dict, test_tokens: Path | None, slot: int | None
         folder.mkdir()
         if slot is not None:
             os.chmod(top, 0o711)
-        found = examine("unpack", path, handed_in, seconds=SECONDS)
-        problems, notes = found.get("problems", {}), found.get("notes", [found.get("error")])
+        found = examine("unpack", path, handed_in, seconds=SECONDS_STARTING)
+        problems, notes = found.get("problems", {}), found.get("notes", [])
         perplexity = {
             "error": found.get("error")
             or next((problems[n][0] for n in ("model.pt", "config.yaml") if n in problems), None)
