@@ -3,6 +3,7 @@
     python data/prepare.py texts.jsonl.gz tokens                   then: python train.py CONFIG --data tokens
     python data/prepare.py hf:allenai/c4 tokens --config en --tokens 1000000000
     python data/prepare.py texts.jsonl.gz part.npz --tokens 1000000
+    python data/prepare.py texts.jsonl.gz test.npz --val-only      only held-out tokens, to grade question 2.6 on
     python data/prepare.py reviews.jsonl sample.jsonl --reviews 1000
 
 SOURCE is a .jsonl or .jsonl.gz with a field `text`, a text file (documents separated by `<|endoftext|>`), or
@@ -78,7 +79,9 @@ def draw(lengths: array, wanted: dict[str, int], order: Sequence[int]) -> dict[s
         first = position
         while missing > 0:
             enough = position < len(order)
-            require(enough, f"--tokens: the source lacks {missing:,} {split} tokens; ask for fewer")
+            require(
+                enough, f"the source lacks {missing:,} {split} tokens; ask for fewer with --tokens or --val-tokens"
+            )
             missing -= lengths[order[position]]
             position += 1
         drawn[split] = order[first:position]
@@ -137,10 +140,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", metavar="NAME", help="the configuration of a dataset that has several")
     for option, text in (
         ("--tokens", "take documents, of a file at random, until they give N training tokens"),
-        ("--val-tokens", "with --tokens: as many held-out tokens (default: a twentieth)"),
+        ("--val-tokens", "with --tokens or --val-only: as many held-out tokens (default: a twentieth, or all)"),
         ("--reviews", "draw N reviews, half of each label, instead of tokens"),
     ):
         parser.add_argument(option, type=positive_int, metavar="N", help=text)
+    parser.add_argument(
+        "--val-only", action="store_true", help="an .npz of held-out tokens, with none to train on"
+    )
     with exit_on_user_error():
         prepare(parser.parse_args(argv))
 
@@ -156,35 +162,41 @@ def prepare(arguments: argparse.Namespace) -> None:
         return
     a_file = out.suffix != ".npz" and out.is_file()
     require(not a_file, f"{out} is a file; write to an .npz or to a folder")
+    if arguments.val_only:
+        require(out.suffix == ".npz", f"--val-only: {out} must be an .npz; a folder needs tokens to train on")
+        require(
+            not arguments.tokens, "--val-only has no tokens to train on; use --val-tokens in place of --tokens"
+        )
     with TemporaryFile(dir=out.parent) as spool:
         runs = choose(arguments, spool)
         write_tokens(out, spool, runs)
     n_tokens = {split: (runs[split][:, 1] - runs[split][:, 0]).sum() for split in runs}
-    print(f"{out}: {n_tokens['train']:,} train and {n_tokens['val']:,} val tokens")
+    print(f"{out}: {' and '.join(f'{n:,} {split}' for split, n in sorted(n_tokens.items()))} tokens")
 
 
 def choose(arguments: argparse.Namespace, spool: BinaryIO) -> dict[str, np.ndarray]:
     """Write the tokens of all documents to the spool; return which are train and val, as (n, 2) runs."""
-    streamed, n_train = arguments.source.startswith(HUB), arguments.tokens
-    n_val = arguments.val_tokens or -(-(n_train or 0) // 20)
+    streamed, n_train = arguments.source.startswith(HUB), arguments.tokens or 0
+    n_val = arguments.val_tokens or -(-n_train // 20)
     lengths, n_read = array("q"), {"val": 0, "train": 0}
-    total = n_train and n_train + n_val
-    with tqdm(total=total, unit=" tokens", unit_scale=True, disable=None if streamed else True) as bar:
+    total = n_train + n_val if n_train or arguments.val_only else 0  # 0: all there are
+    with tqdm(total=total or None, unit=" tokens", unit_scale=True, disable=None if streamed else True) as bar:
         for length in tokenise(documents(arguments.source, arguments.config), get_tokenizer(), spool):
             bar.update(length)
             lengths.append(length)
             n_read["val" if n_read["val"] < n_val else "train"] += length
-            if streamed and n_train and n_read["train"] >= n_train:
+            if streamed and total and n_read["val"] >= n_val and n_read["train"] >= n_train:
                 break
     require(len(lengths) > 0, f"{arguments.source}: no text found")
-    if not n_train:
-        total = sum(lengths)
-        end = total - n_held_out(total)
-        return {"train": np.array([(0, end)]), "val": np.array([(end, total)])}
+    if not total:
+        n_tokens = sum(lengths)
+        end = 0 if arguments.val_only else n_tokens - n_held_out(n_tokens)
+        runs = {"train": np.array([(0, end)]), "val": np.array([(end, n_tokens)])}
+        return {"val": runs["val"]} if arguments.val_only else runs
     order = array("q", range(len(lengths)))
     if not streamed:
         random.Random(SEED).shuffle(order)
-    drawn = draw(lengths, {"val": n_val, "train": n_train}, order)
+    drawn = draw(lengths, {"val": n_val, "train": n_train} if n_train else {"val": n_val}, order)
     ends = np.cumsum(lengths)
     runs = np.stack([ends - lengths, ends], axis=1)
     return {split: runs[np.array(drawn[split])] for split in drawn}

@@ -262,8 +262,8 @@ def run_tests(folder: Path, controls: dict, expected: dict, refused: set, slot: 
         if todo and running in expected and expected[running] not in lost_groups:
             lost_groups[expected[running]] = None
             tally.outcomes[running], tally.messages[running] = "failed", why
-        elif todo:  # while it loaded, or between tests; model.py is loaded by all
-            ended = todo if loading and why.startswith("model.py") else [loading or todo[0]]
+        elif todo:  # while a file loaded, or between tests; what test_model.py loads, the others load too
+            ended = todo if loading == FILES[0] else [loading or todo[0]]
             tally.broken |= dict.fromkeys(ended, why)
             todo = [file for file in todo if file not in ended]
         if "no answer" in why:

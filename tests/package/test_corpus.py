@@ -401,6 +401,19 @@ def test_prepare_draws_from_a_text_file(tmp_path, prepare):
     assert all(re.fullmatch(r"Tale \d+ is short\.", tale) for tale in tales) and len(set(tales)) == len(tales)
 
 
+def test_prepare_makes_a_test_file_that_is_all_val(tmp_path, pages, prepare):
+    status, shown = prepare(pages, tmp_path / "all.npz", "--val-only")
+    assert prepare(pages, tmp_path / "split.npz")[0] == 0
+    split = load_corpus(str(tmp_path / "split.npz"), N_VOCAB)
+    with np.load(tmp_path / "all.npz") as archive:
+        assert archive.files == ["val"]
+        assert sorted(archive["val"]) == sorted([*split.train, *split.val])
+    assert status == 0 and shown.strip().endswith(f"{len(split.train) + len(split.val):,} val tokens")
+    assert prepare(pages, tmp_path / "part.npz", "--val-only", "--val-tokens", 400)[0] == 0
+    with np.load(tmp_path / "part.npz") as archive:
+        assert archive.files == ["val"] and 400 <= len(archive["val"]) < 700
+
+
 def test_prepare_refuses_what_it_cannot_do_and_writes_nothing(tmp_path, pages, prepare):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "taken").write_text("mine")
@@ -411,6 +424,8 @@ def test_prepare_refuses_what_it_cannot_do_and_writes_nothing(tmp_path, pages, p
         ([pages, tmp_path / "taken"], "taken is a file"),
         ([tmp_path / "empty.txt", tmp_path / "out"], "no text found"),
         ([pages, tmp_path / "out", "--tokens", "0"], "give 1 or more"),
+        ([pages, tmp_path / "out", "--val-only"], "out must be an .npz"),
+        ([pages, tmp_path / "out.npz", "--val-only", "--tokens", "9"], "use --val-tokens in place of --tokens"),
         ([pages, tmp_path / "out", "--reviews", "10"], "pages.jsonl, line 1: label None"),
     ):
         status, error = prepare(*arguments)

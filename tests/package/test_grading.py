@@ -1,9 +1,10 @@
-"""Question 2.6 is graded with `python train.py CONFIG --evaluate model.pt --data test.npz`."""
+"""A right hand-in: its points on Gradescope, and the perplexity of question 2.6."""
 
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -57,22 +58,61 @@ def test_a_test_set_shorter_than_a_row_is_refused(graded, capsys):
     assert "short.npz" in capsys.readouterr().err
 
 
-@pytest.mark.soak
-def test_the_commands_of_the_guide_grade_a_zip_file(graded, tmp_path):
-    run, folder, loss = graded
-    for name in ("tests", "train.py"):  # what the commands call in the package's folder
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "test.npz").symlink_to(folder / "test.npz")
-    with zipfile.ZipFile(tmp_path / "ada.zip", "w") as archive:
-        for name in ("model.py", "train.py", "generate.py", "classify.py"):
-            archive.write(ROOT / name, name)
-        archive.write(folder / "model.pt", "model.pt")
-        archive.write(run.config, "config.yaml")
-    (commands,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "grading.md").read_text(), flags=re.DOTALL)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    bash = subprocess.run(
-        ["bash", "-ec", commands], cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True
-    )
-    assert bash.returncode == 0, bash.stdout + bash.stderr
-    assert json.loads((tmp_path / "graded" / "results.json").read_text())["score"] == 65
-    assert f"loss {loss:.4f} nats per token" in bash.stdout, bash.stdout
+@pytest.fixture(scope="module")
+def autograder(graded, tmp_path_factory):
+    """run(files) grades a submission in a layout like Gradescope's; it returns what results.json says."""
+    _, folder, _ = graded
+    base = tmp_path_factory.mktemp("gradescope") / "autograder"
+    command = [sys.executable, ROOT / "tests/instructor/gradescope.py", folder / "autograder.zip"]
+    built = subprocess.run([*command, "--test-tokens", folder / "test.npz"], capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    with zipfile.ZipFile(folder / "autograder.zip") as archive:
+        archive.extractall(base / "source")
+    shutil.copy(base / "source" / "run_autograder", base / "run_autograder")
+
+    def run(files: dict[str, str | Path]) -> dict:
+        shutil.rmtree(base / "submission", ignore_errors=True)
+        for name, content in files.items():
+            path = base / "submission" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.read_bytes() if isinstance(content, Path) else content.encode())
+        environment = os.environ | {"PYTHON": sys.executable}
+        ended = subprocess.run(["bash", base / "run_autograder"], cwd="/", env=environment, capture_output=True)
+        assert ended.returncode == 0, ended
+        return json.loads((base / "results" / "results.json").read_text())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def right_files(graded):
+    run, folder, _ = graded
+    code = {name: ROOT / name for name in ("model.py", "train.py", "generate.py", "classify.py")}
+    return {**code, "model.pt": folder / "model.pt", "config.yaml": run.config, "ada.pdf": "%PDF-"}
+
+
+def test_gradescope_gives_a_right_hand_in_all_points_and_measures_its_perplexity(graded, autograder, right_files):
+    results = autograder({f"ada/{name}": content for name, content in right_files.items()})
+    *coding, perplexity = results["tests"]
+    assert [test for test in coding if test["score"] < test["max_score"]] == [] and results["output"] == ""
+    assert results["score"] == sum(test["max_score"] for test in coding) == 65
+    found = re.fullmatch(r"perplexity ([\d.]+), full points under 50", perplexity["output"])
+    assert perplexity["score"] == 0 and perplexity["max_score"] == 20
+    assert float(found[1]) == pytest.approx(math.exp(graded[2]), rel=1e-4)
+
+
+def test_gradescope_has_results_whatever_the_hand_in_does(autograder, right_files):
+    stop = "import os\nopen('../results.json', 'w').write('{}')\ngetattr(os, '_' + 'exit')(0)\n"
+    results = autograder(right_files | {"model.py": stop, "model.pt": "no weights"})
+    assert results["score"] == 0 and len(results["tests"]) == 15
+    assert results["tests"][0]["output"] == "the process ended: exit status 0"
+    assert "foreign file instead of a PyTorch checkpoint" in results["tests"][-1]["output"]
+
+
+def test_the_autograder_has_no_solution_unless_it_measures_perplexity(tmp_path):
+    script = ROOT / "tests/instructor/gradescope.py"
+    subprocess.run([sys.executable, script, tmp_path / "a.zip"], check=True, capture_output=True)
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        names = set(archive.namelist())
+    assert {"setup.sh", "run_autograder", "tests/test_model.py", "support/submit.py"} <= names
+    assert not names & {"model.py", "train.py", "generate.py", "classify.py", "test_tokens.npz", "model.pt"}

@@ -31,7 +31,9 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 pytest_plugins = ["points"]
 """
 MODULES = "import os, sys, time\nmodules = vars(sys)['modules']\n"  # past the check of imports and calls
-FOREVER = "while True:\n        time.sleep(1)"
+SWALLOW = (
+    "while True:\n        try:\n            time.sleep(1)\n        except BaseException:\n            continue"
+)
 
 
 def function_of(part: str) -> str:
@@ -140,13 +142,7 @@ CASES = {
     # what hangs or breaks
     "hangs_at_import": (hand_in(train="while True: pass\n"), 45, "train.py, line 1: no answer in"),
     "sleeps": (sick(embed="time.sleep(100000)"), 60, "line 15: no answer in"),
-    "swallows_exceptions": (
-        sick(
-            embed="while True:\n        try:\n            time.sleep(1)\n        except BaseException:\n            continue"
-        ),
-        60,
-        "no answer in",
-    ),
+    "swallows_exceptions": (sick(embed=SWALLOW), 60, "no answer in"),
     "exits_in_a_function": (
         sick(embed="getattr(os, '_ex' + 'it')(0)"),
         60,
@@ -198,8 +194,14 @@ def graded(tmp_path_factory):
         with zipfile.ZipFile(zips / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
             for file, text in files.items():
                 archive.writestr(file, text)
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests/instructor')!r}); import grade; from pathlib import Path"
-    code += f"; grade.ROOT, grade.SECONDS = Path({str(fake)!r}), {SECONDS}; grade.SECONDS_LOADING = {SECONDS_LOADING}; grade.main(sys.argv[1:])"
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "tests/instructor")!r})
+import grade
+grade.ROOT, grade.SECONDS, grade.SECONDS_LOADING = Path({str(fake)!r}), {SECONDS}, {SECONDS_LOADING}
+grade.main(sys.argv[1:])
+"""
     command = [sys.executable, "-c", code, str(zips), "--out", str(folder / "grades"), "--jobs", "3"]
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
