@@ -346,6 +346,23 @@ def total(result: dict) -> tuple[int, int]:
     return sum(row["points"] for row in result["rows"]), sum(row["max"] for row in result["rows"])
 
 
+def reasons_of(result: dict) -> list[str]:
+    """The first message of each lost group, with the groups in front; what they share is told once."""
+    groups, lost = {}, {}  # of each question; of each message
+    for row in result["rows"]:
+        groups.setdefault(row["question"], []).append(row["part"])
+        if row["points"] == 0:
+            lost.setdefault(row["output"].partition("\n")[0], []).append((row["question"], row["part"]))
+    reasons = []
+    for message, of in lost.items():
+        names = []
+        for question in dict.fromkeys(question for question, _ in of):
+            parts = [part for q, part in of if q == question]
+            names.append(question if parts == groups[question] else f"{question} {', '.join(parts)}")
+        reasons.append(f"{'; '.join(names)}: {message}")
+    return reasons + result["notes"]
+
+
 def write_table(out: Path, results: dict[str, dict]) -> None:
     """grades.csv, a line for each hand-in, and grades.md with the reasons."""
     groups = list(dict.fromkeys((row["question"], row["part"]) for r in results.values() for row in r["rows"]))
@@ -353,27 +370,24 @@ def write_table(out: Path, results: dict[str, dict]) -> None:
     lines = [["hand-in", "points", "of", *(" ".join(group) for group in groups), "perplexity", "messages"]]
     page = ["# Grades", "", f"| hand-in | points | {' | '.join(questions)} | perplexity |"]
     page += ["| --- " * (3 + len(questions)) + "|"]
-    reasons = []
+    details = []
     for name, result in results.items():
-        of_group = {(row["question"], row["part"]): row for row in result["rows"]}
-        got, most = total(result)
+        points_of = {(row["question"], row["part"]): row["points"] for row in result["rows"]}
+        (got, most), reasons = total(result), reasons_of(result)
         value = "" if result["perplexity"] is None else f"{result['perplexity']:.2f}"
-        sums = [str(sum(row["points"] for g, row in of_group.items() if g[0] == q)) for q in questions]
+        sums = [str(sum(got for group, got in points_of.items() if group[0] == q)) for q in questions]
         page.append(f"| {name} | {got} of {most} | {' | '.join(sums)} | {value} |")
-        lost = {}  # first message -> groups, so that a file that does not load is told once
-        for group, row in of_group.items():
-            if row["points"] == 0:
-                lost.setdefault(row["output"].partition("\n")[0], []).append(" ".join(group))
-        messages = [f"{', '.join(of)}: {message}" for message, of in lost.items()]
-        cells = [of_group[group]["points"] if group in of_group else "" for group in groups]
-        lines.append([name, got, most, *cells, value, "\n".join(messages + result["notes"])])
-        if messages or result["notes"]:
-            text = [f"- {', '.join(of)}: `{message.replace('`', chr(39))}`" for message, of in lost.items()]
-            notes = [f"- `{note.replace('`', chr(39))}`" for note in result["notes"]]
-            reasons += ["", f"## {name}: {got} of {most}", "", *text, *notes]
+        lines.append([name, got, most, *(points_of.get(group, "") for group in groups), value, "\n".join(reasons)])
+        if reasons:  # as code, because hand-ins choose parts of the messages
+            details += [
+                "",
+                f"## {name}: {got} of {most}",
+                "",
+                *(f"- `{r.replace('`', chr(39))}`" for r in reasons),
+            ]
     with (out / "grades.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)
-    write_atomically(out / "grades.md", "\n".join(page + reasons) + "\n")
+    write_atomically(out / "grades.md", "\n".join(page + details) + "\n")
 
 
 def fingerprint(paths: list[Path]) -> str:
@@ -427,6 +441,7 @@ def grade_folder(hand_ins: Path, out: Path, test_tokens: Path | None = None, job
     """Grade each zip file of the folder that is new; return all results by name. UserError if there is none."""
     zips = sorted(hand_ins.glob("*.zip"))
     require(bool(zips), f"{hand_ins}: no .zip file in this folder")
+    require(jobs >= 1, f"--jobs {jobs}: must be at least 1")
     (out / "details").mkdir(parents=True, exist_ok=True)
     expected, separate = begin(test_tokens, [*zips[:1], out / "details"])
     rules = [

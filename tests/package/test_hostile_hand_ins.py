@@ -100,11 +100,10 @@ time.sleep(0.5)
 """
 AT_EXIT = """
 def rewrite():
-    for name in ("results.json", "points.json", "../results.json"):
-        open(name, "w").write('{"score": 65}')
+    open(os.environ["HOME"] + "/results.json", "w").write('{"score": 65}')
 modules["atexit"].register(rewrite)
 """
-RESULTS = "import json\nopen('results.json', 'w').write(json.dumps({'score': 65}))\n"
+RESULTS = "open(os.environ['HOME'] + '/results.json', 'w').write('{\"score\": 65}')\n"
 FREE = {
     name: "def pytest_runtest_call(item): item.obj = lambda: None" for name in ("conftest.py", "sitecustomize.py")
 }
