@@ -160,7 +160,7 @@ CASES = {
     "kills_parent": (
         cheat("getattr(os, 'ki' + 'll')(getattr(os, 'getp' + 'pid')(), 9)\n"),
         0,
-        "the process ended: Killed",
+        None,
     ),
     # what is no proper zip file
     "outside": (hand_in() | {"../outside.py": ""}, 0, "a path outside its folder"),
