@@ -72,9 +72,11 @@ def put(name: str, content: bytes):
 # fmt: off
 FAULTS = {
     "a missing file": (lambda root: (root / "generate.py").unlink(), "generate.py is missing"),
-    "a syntax error": (edit("classify.py", "def score(", "def score(("), "classify.py is not valid Python"),
+    "a syntax error": (edit("classify.py", "def score(", "def score(("), "classify.py, line 27, is not valid Python ('(' was never closed)"),
     "a new package": (edit("model.py", "import math\n", "import einops, math\n"), "imports 'einops'"),
     "a package at level": (edit("model.py", "import math\n", "from . import math\n"), "imports '.'"),
+    "a call that leaves the process": (edit("train.py", "import math\n", "import math, os\nos._exit(0)\n"), "uses os._exit: not allowed"),
+    "a module that reaches the tests": (edit("train.py", "import math\n", "import importlib, math\n"), "imports 'importlib'"),
     "a ready-made layer": (edit("model.py", "nn.Linear(n_embd, n_embd)", "nn.MultiheadAttention(n_embd, n_head)"), "uses MultiheadAttention"),
     "ready-made attention": (edit("model.py", "F.softmax(", "F.scaled_dot_product_attention("), "uses scaled_dot_product_attention"),
     "ready-made, imported": (edit("model.py", "from torch import nn\n", "from torch import nn\nfrom torch.nn import TransformerDecoder\n"), "uses TransformerDecoder"),
