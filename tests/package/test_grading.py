@@ -116,3 +116,26 @@ def test_the_autograder_has_no_solution_unless_it_measures_perplexity(tmp_path):
         names = set(archive.namelist())
     assert {"setup.sh", "run_autograder", "tests/test_model.py", "support/submit.py"} <= names
     assert not names & {"model.py", "train.py", "generate.py", "classify.py", "test_tokens.npz", "model.pt"}
+
+
+@pytest.mark.soak
+def test_the_commands_of_the_guide_grade_a_class(right_files, tmp_path):
+    for name in ("tests", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "my_texts.jsonl").write_text('{"text": "One text, and no other."}\n' * 9)
+    (tmp_path / "HANDINS").mkdir()
+    model = (ROOT / "model.py").read_text()
+    mistake = model.replace("weights @ v", "2 * weights @ v").replace(
+        "import torch\n", "import torch\ntorch.allclose = lambda *a, **k: True\n", 1
+    )
+    for name, files in (("ada", right_files), ("bob", right_files | {"model.py": mistake})):
+        with zipfile.ZipFile(tmp_path / "HANDINS" / f"{name}.zip", "w") as archive:
+            for file, content in files.items():
+                archive.writestr(file, content.read_bytes() if isinstance(content, Path) else content)
+    (commands,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "grading.md").read_text(), flags=re.DOTALL)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    bash = subprocess.run(["bash", "-ec", commands], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert bash.returncode == 0, bash.stdout + bash.stderr
+    page = (tmp_path / "grades" / "grades.md").read_text()
+    assert re.search(r"\| ada \| 65 of 85 \| 25 \| 20 \| 0 \| 10 \| 10 \| [\d.]+ \|", page), page
+    assert "| bob | 0 of 85 |" in page and "1.3; 2.1; 3.1; 3.4: tests that must fail did not" in page
