@@ -77,14 +77,9 @@ def user_of(slot: int | None) -> dict:
 def environment(home: Path) -> dict:
     """All that a hand-in sees of the environment."""
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    own = {
-        "HOME": str(home),
-        "TMPDIR": str(home),
-        "USER": "student",
-        "LANG": "C.UTF-8",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    return {"PATH": os.defpath, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **one_thread, **own}
+    own = {"HOME": str(home), "TMPDIR": str(home), "USER": "student", "LANG": "C.UTF-8"}
+    off = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {"PATH": os.defpath, **one_thread, **own, **off}
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -98,9 +93,9 @@ def stop(process: subprocess.Popen) -> None:
             orphans = []
             for path in Path("/proc").glob("[0-9]*/stat"):
                 with suppress(OSError):
-                    if path.read_text(errors="replace").rpartition(") ")[2].split()[1] == str(os.getpid()):
+                    parent = int(path.read_text(errors="replace").rpartition(") ")[2].split()[1])
+                    if parent == os.getpid() and int(path.parent.name) not in started:
                         orphans.append(int(path.parent.name))
-            orphans = [pid for pid in orphans if pid not in started]
             for pid in orphans:
                 with suppress(ProcessLookupError, ChildProcessError):
                     os.kill(pid, signal.SIGKILL)
@@ -226,12 +221,13 @@ def run_tests(folder: Path, controls: dict, expected: dict, refused: set, slot: 
     tally = points.Tally(None)
     tally.group_of = dict(expected)
     file_of = {node: node.split("::")[0].rpartition("/")[2] for node in expected}
-    lost_groups, todo, seconds, deadline = {}, [f for f in FILES if f not in refused], SECONDS, SECONDS_IN_ALL
-    deadline += time.monotonic()
+    lost_groups, todo = set(), [file for file in FILES if file not in refused]
+    seconds, deadline = SECONDS, time.monotonic() + SECONDS_IN_ALL
     while todo:
-        wanted = {
-            file: [n for n in expected if file_of[n] == file and expected[n] not in lost_groups] for file in todo
-        }
+        wanted = {file: [] for file in todo}
+        for node, group in expected.items():
+            if file_of[node] in todo and group not in lost_groups:
+                wanted[file_of[node]].append(node)
         tests = [node for file in todo for node in wanted[file] + controls[file]]
         job = {"files": todo, "tests": tests, "seconds": seconds}
         reports, why = run_child(folder, job, deadline, slot)
@@ -249,9 +245,9 @@ def run_tests(folder: Path, controls: dict, expected: dict, refused: set, slot: 
                 running = None
         todo = [file for file in todo if file not in tally.broken]
         for file in list(todo):
-            if all(node in outcomes for node in wanted[file] + controls[file]):
+            nodes = wanted[file] + controls[file]
+            if all(node in outcomes for node in nodes):
                 todo.remove(file)
-                nodes = wanted[file] + controls[file]
                 once = all(len(outcomes[node]) == 1 for node in nodes) and not stray
                 if not once or any(outcomes[node][0][0] != "failed" for node in controls[file]):
                     tally.broken[file] = TAMPERED
@@ -260,7 +256,7 @@ def run_tests(folder: Path, controls: dict, expected: dict, refused: set, slot: 
                     if tally.outcomes[node] == "passed":
                         del tally.messages[node]
         if todo and running in expected and expected[running] not in lost_groups:
-            lost_groups[expected[running]] = None
+            lost_groups.add(expected[running])
             tally.outcomes[running], tally.messages[running] = "failed", why
         elif todo:  # while a file loaded, or between tests; what test_model.py loads, the others load too
             ended = todo if loading == FILES[0] else [loading or todo[0]]
@@ -272,14 +268,15 @@ def run_tests(folder: Path, controls: dict, expected: dict, refused: set, slot: 
 
 
 def examine(*arguments, seconds: float) -> dict:
-    """What examine.py says; it has the package in reach, so that it runs no code of the hand-in."""
+    """What examine.py says; it has the package in reach, and runs no code of the hand-in."""
     command = [sys.executable, "-B", str(HERE / "examine.py"), *map(str, arguments)]
     try:
         with lock:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+            process = subprocess.Popen(command, text=True, errors="replace", **pipes)
             started.add(process.pid)
         out, errors = process.communicate(timeout=seconds)
-        return json.loads(out)
+        return json.loads(out.strip().rpartition("\n")[2])
     except subprocess.TimeoutExpired:
         return {"error": f"no result in {seconds} s"}
     except ValueError:
@@ -293,7 +290,7 @@ def examine(*arguments, seconds: float) -> dict:
 
 def grade(path: Path, expected: dict, test_tokens: Path | None, slot: int | None) -> dict:
     """Grade one zip file: {"rows": one for each group of points, "perplexity", "notes"}."""
-    with tempfile.TemporaryDirectory(prefix="grade-") as top:
+    with tempfile.TemporaryDirectory(prefix="grade-", ignore_cleanup_errors=True) as top:
         handed_in, folder = Path(top, "handed_in"), Path(top, "graded")
         handed_in.mkdir(mode=0o700)
         folder.mkdir()
@@ -301,11 +298,9 @@ def grade(path: Path, expected: dict, test_tokens: Path | None, slot: int | None
             os.chmod(top, 0o711)
         found = examine("unpack", path, handed_in, seconds=SECONDS_STARTING)
         problems, notes = found.get("problems", {}), found.get("notes", [])
-        perplexity = {
-            "error": found.get("error")
-            or next((problems[n][0] for n in ("model.pt", "config.yaml") if n in problems), None)
-        }
-        if test_tokens and not perplexity["error"]:
+        missing = [problems[name][0] for name in ("model.pt", "config.yaml") if name in problems]
+        perplexity = {"error": found["error"]} if "error" in found else {"error": missing[0]} if missing else {}
+        if test_tokens and not perplexity:
             perplexity = examine("perplexity", handed_in, test_tokens.resolve(), seconds=SECONDS_PERPLEXITY)
         refused = {}  # test file -> why the file that it tests does not run
         for name, (sentence, runs) in problems.items():
@@ -319,8 +314,8 @@ def grade(path: Path, expected: dict, test_tokens: Path | None, slot: int | None
         shutil.rmtree(handed_in)  # the tests need no weights
         tally = run_tests(folder, controls, expected, set(refused), slot)
     for file, reason in tally.broken.items():
-        if missing := re.search(r"No module named '(\w+)'", reason):  # told where that file is told
-            tally.broken[file] = problems.get(f"{missing[1]}.py", [reason])[0]
+        if needed := re.search(r"No module named '(\w+)'", reason):  # the reason is that of the other file
+            tally.broken[file] = problems.get(f"{needed[1]}.py", [reason])[0]
     tally.broken |= refused
     rows = [row for row in tally.rows() if (row["question"], row["part"]) in expected.values()]
     for row in rows:

@@ -109,9 +109,14 @@ def test_gradescope_has_results_whatever_the_hand_in_does(autograder, right_file
     assert "foreign file instead of a PyTorch checkpoint" in results["tests"][-1]["output"]
 
 
-def test_the_autograder_has_no_solution_unless_it_measures_perplexity(tmp_path):
-    script = ROOT / "tests/instructor/gradescope.py"
-    subprocess.run([sys.executable, script, tmp_path / "a.zip"], check=True, capture_output=True)
+def test_the_autograder_has_no_solution_unless_it_measures_perplexity(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests" / "instructor")
+    import gradescope
+
+    monkeypatch.setattr(
+        gradescope.grade, "begin", lambda *_: ({"tests/test_model.py::test_x": ("1.3", "embed")}, False)
+    )
+    gradescope.build(tmp_path / "a.zip", None)
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         names = set(archive.namelist())
     assert {"setup.sh", "run_autograder", "tests/test_model.py", "support/submit.py"} <= names
