@@ -327,13 +327,19 @@ def grade(path: Path, expected: dict, test_tokens: Path | None, slot: int | None
             row |= {"points": 0, "output": tally.broken[file]}
         elif row["points"] is None:
             row |= {"points": 0, "output": "no test of this group ran"}
-    value = perplexity.get("perplexity")
     if test_tokens:
-        good = value is not None and value < MOST_PERPLEXITY
-        row = {"question": "2.6", "part": "perplexity", "max": points.PERPLEXITY_POINTS}
-        output = perplexity.get("error") or f"perplexity {value:.2f}, full points under {MOST_PERPLEXITY}"
-        rows.append({**row, "points": row["max"] if good else 0, "output": output})
-    return {"rows": rows, "perplexity": value, "notes": notes}
+        rows.append(perplexity_row(perplexity))
+    return {"rows": rows, "perplexity": perplexity.get("perplexity"), "notes": notes}
+
+
+def perplexity_row(found: dict) -> dict:
+    """The points of question 2.6 for what examine.py found: a "perplexity" or an "error"."""
+    row = {"question": "2.6", "part": "perplexity", "max": points.PERPLEXITY_POINTS, "points": 0}
+    if "error" in found:
+        return {**row, "output": found["error"]}
+    reached = found["perplexity"] < MOST_PERPLEXITY
+    output = f"perplexity {found['perplexity']:.2f}, full points under {MOST_PERPLEXITY}"
+    return {**row, "points": row["max"] * reached, "output": output}
 
 
 def total(result: dict) -> tuple[int, int]:
