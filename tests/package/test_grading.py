@@ -91,6 +91,7 @@ def right_files(graded):
     return {**code, "model.pt": folder / "model.pt", "config.yaml": run.config, "ada.pdf": "%PDF-"}
 
 
+@pytest.mark.soak
 def test_gradescope_gives_a_right_hand_in_all_points_and_measures_its_perplexity(graded, autograder, right_files):
     results = autograder({f"ada/{name}": content for name, content in right_files.items()})
     *coding, perplexity = results["tests"]
@@ -121,6 +122,17 @@ def test_the_autograder_has_no_solution_unless_it_measures_perplexity(tmp_path, 
         names = set(archive.namelist())
     assert {"setup.sh", "run_autograder", "tests/test_model.py", "support/submit.py"} <= names
     assert not names & {"model.py", "train.py", "generate.py", "classify.py", "test_tokens.npz", "model.pt"}
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [({"perplexity": 49.99}, 20), ({"perplexity": 50.0}, 0), ({"perplexity": math.nan}, 0), ({"error": "none"}, 0)],
+)
+def test_points_of_a_perplexity(found, expected, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests" / "instructor")
+    import grade
+
+    assert grade.perplexity_row(found)["points"] == expected
 
 
 @pytest.mark.soak

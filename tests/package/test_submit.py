@@ -150,6 +150,7 @@ def test_an_andrew_id_is_a_plain_name(name, capsys):
 class TestAlone:
     """The four files in an empty folder, with only the tests beside them."""
 
+    @pytest.mark.soak
     def test_points_and_lost_groups_are_reported(self, tmp_path):
         for name in submit.CODE:
             shutil.copyfile(ROOT / name, tmp_path / name)
