@@ -126,7 +126,12 @@ def test_the_autograder_has_no_solution_unless_it_measures_perplexity(tmp_path, 
 
 @pytest.mark.parametrize(
     ("found", "expected"),
-    [({"perplexity": 49.99}, 20), ({"perplexity": 50.0}, 0), ({"perplexity": math.nan}, 0), ({"error": "none"}, 0)],
+    [
+        ({"perplexity": 49.99}, 20),
+        ({"perplexity": 50.0}, 0),
+        ({"perplexity": math.nan}, 0),
+        ({"error": "none"}, 0),
+    ],
 )
 def test_points_of_a_perplexity(found, expected, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests" / "instructor")
