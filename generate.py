@@ -1,6 +1,7 @@
 """Continue prompts with a trained language model (question 3.1).
 
     python generate.py --prefixes prefixs.json                       greedy: the likeliest token at each step
+    python generate.py --prompt "Once upon a time" "The city"        texts of your own
     python generate.py --prefixes prefixs.json --temperature 0.8 --seed 1                       sampled
     python generate.py --prefixes prefixs.json --checkpoint outputs/GPT-tiny/model.pt
 
@@ -181,7 +182,9 @@ def main(argv: list[str] | None = None) -> None:
     from support.generation import read_prefixes, report_texts, show_generation_header
 
     parser = ArgumentParser(description="Continue prompts with a trained language model.")
-    parser.add_argument("--prefixes", help="JSON list or JSON lines (default: prefixs.json)")
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--prefixes", metavar="FILE", help="JSON list or JSON lines (default: prefixs.json)")
+    prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to continue, in place of a file")
     parser.add_argument("--config", help="training YAML of the model; it is then <output_dir>/model.pt")
     parser.add_argument("--checkpoint", help="model.pt to use (default: the newest in outputs/)")
     parser.add_argument("--max_new_tokens", type=positive_int, default=32, metavar="N", help="(default: 32)")
@@ -195,7 +198,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     with exit_on_user_error():
-        prompts = [prefix for prefix in read_prefixes(args.prefixes) for _ in range(args.num_samples)]
+        prefixes = args.prompt or read_prefixes(args.prefixes)
+        prompts = [prefix for prefix in prefixes for _ in range(args.num_samples)]
         trained = load_trained_model(args.config, args.checkpoint, args.device)
         show_generation_header(trained, args)
 

@@ -3,7 +3,8 @@
     python train.py configs/GPT-tiny.yaml                        train, evaluate, save
     python train.py configs/GPT-tiny.yaml --data my.txt          train on your own text
     python train.py configs/GPT-tiny.yaml --set max_lr=1e-3      override a key of the YAML
-    python train.py configs/GPT-tiny.yaml --dry-run              show what training would cost, then exit
+    python train.py configs/GPT-tiny.yaml --dry_run              show what training would cost, then exit
+    python train.py configs/GPT-tiny.yaml --init model.pt        start from the weights of a checkpoint
     python train.py configs/GPT-tiny.yaml --evaluate model.pt    evaluate a checkpoint, then exit
     torchrun --nproc_per_node=4 train.py configs/GPT-tiny.yaml   train with four processes
 
@@ -225,30 +226,36 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="tokens, a text or jsonl file, 'c4' or 'sample' (overrides the key data)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the YAML")
     parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
-    parser.add_argument("--dry-run", action="store_true", help="show what training would cost, then exit")
-    parser.add_argument("--evaluate", metavar="CHECKPOINT", help="evaluate this checkpoint, then exit")
+    parser.add_argument("--dry_run", action="store_true", help="show what training would cost, then exit")
+    checkpoint = parser.add_mutually_exclusive_group()
+    checkpoint.add_argument(
+        "--init", metavar="CHECKPOINT", help="start from these weights (overrides the key init)"
+    )
+    checkpoint.add_argument("--evaluate", metavar="CHECKPOINT", help="evaluate this checkpoint, then exit")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train, evaluate and save the model of a configuration; see the module's docstring."""
     from generate import generate
-    from support.checkpoint import load_weights
     from support.chunked_loss import loss_module
     from support.results import show_evaluation
     from support.run import open_run
     from support.setup import open_setup
 
     args = parse_arguments(argv)
-    with open_setup(args.config, args.set, args.data, bool(args.evaluate)) as setup:
+    with open_setup(args) as setup:
         c, corpus, tokenizer, device = setup.config, setup.corpus, setup.tokenizer, setup.device
         torch.manual_seed(c.seed)
         model = DecoderLM(tokenizer.n_vocab, **vars(c.model_config)).to(device)
         loss_fn = loss_module(model, device, c.compile)
-        val_batches = sequential_batch_sampler(corpus.val, device, c.batch_size, c.seq_len, drop_last=False)
+
+        def validate() -> dict[str, float]:
+            batches = sequential_batch_sampler(corpus.val, device, c.batch_size, c.seq_len, drop_last=False)
+            return evaluate(model, setup.with_bar(batches), setup.autocast, loss_fn=loss_fn)
+
         if args.evaluate:
-            load_weights(model, args.evaluate, c.model_config)
-            show_evaluation(args.evaluate, setup, evaluate(model, val_batches, setup.autocast, loss_fn=loss_fn))
+            show_evaluation(args.evaluate, setup, model, validate)
             return
 
         train_batches = setup.on_device(random_batch_sampler(corpus.train, "cpu", c.batch_size, c.seq_len))
@@ -256,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
             model.parameters(), betas=(0.9, 0.95), weight_decay=c.weight_decay, fused=setup.hardware.fused
         )
         distributed_loss_fn = setup.distribute(loss_fn)
-        with open_run(setup, model, optimizer, args.fresh, args.dry_run) as run:
+        with open_run(setup, model, optimizer, validate, args.fresh, args.dry_run) as run:
             train(
                 model,
                 train_batches,
@@ -272,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
                 on_step=run.on_step,
             )
             if run.writes_results:  # the main process, unless in a dry run
-                run.finish(evaluate(model, val_batches, setup.autocast, loss_fn=loss_fn))
+                run.finish()
                 run.show_sample(lambda prompt: generate(model, device, tokenizer, [prompt], 1, temperature=0.7)[0])
 
 

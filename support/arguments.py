@@ -2,10 +2,18 @@
 
 import argparse
 import math
+import re
+import sys
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Reports a mistake on the command line in one line, without the usage."""
+    """Reports a mistake on the command line in one line, without the usage; takes --dry-run for --dry_run."""
+
+    def parse_args(self, args: list[str] | None = None, namespace=None) -> argparse.Namespace:
+        """As argparse does; hyphens in a flag's name are read as underscores."""
+        args = sys.argv[1:] if args is None else args
+        args = [re.sub(r"^--\w[\w-]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in args]
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> None:
         """Exit with status 2."""

@@ -63,7 +63,13 @@ def load_weights(model: DecoderLM, path: str | Path, config: ModelConfig) -> Non
 
     Raises UserError if the file is damaged or belongs to another configuration.
     """
-    _fill(model, _read_weights(Path(path), config, model.n_vocab), path, config)
+    path = checkpoint_file(path)
+    _fill(model, _read_weights(path, config, model.n_vocab), path, config)
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """The checkpoint that a path names: the file itself, or the model.pt of a run's folder."""
+    return Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
 
 
 def _read_weights(path: Path, config: ModelConfig, n_vocab: int) -> dict:
@@ -146,7 +152,7 @@ def load_trained_model(config_path: str | None, checkpoint: str | None, device: 
 def find_checkpoint(config_path: str | None, checkpoint: str | None) -> tuple[Path, str]:
     """The path of the checkpoint and how it was chosen. Raises UserError if there is none to choose."""
     if checkpoint:
-        return Path(checkpoint), "as named"
+        return checkpoint_file(checkpoint), "as named"
     if config_path:
         return Path(load_config(config_path).output_dir) / "model.pt", f"output_dir of {config_path}"
     runs = [path for folder in {Path.cwd(), ROOT} for path in folder.glob("outputs/*/model.pt")]

@@ -33,8 +33,8 @@ def show_classification_header(
     show_facts(
         {
             **trained.facts(),
-            "reviews": f"{reviews.name}: {len(reviews.texts)} that fit into {trained.model.n_positions} tokens, "
-            f"{np.mean(reviews.labels):.1%} positive",
+            "reviews": f"{reviews.name}: {len(reviews.texts)} of {reviews.n_read} fit into "
+            f"{trained.model.n_positions} tokens, {np.mean(reviews.labels):.1%} positive",
             "prompt": f"{template!r}, then {label_map[1]!r} or {label_map[0]!r}",
         }
     )

@@ -56,6 +56,8 @@ class TrainingConfig:
     grad_clip: float | None = None  # largest gradient norm; None: off
     compile: bool = False  # use torch.compile
     checkpoint_interval: int | str | None = None  # steps (500) or seconds (60s); None: under 1% of the time
+    eval_interval: int | None = None  # steps between validation losses during training; None: none
+    init: str | None = None  # checkpoint whose weights the run starts from; None: random weights
 
     def flat(self) -> dict:
         """All values by key, those of model_config as `model_config.n_embd`."""
@@ -70,10 +72,10 @@ class TrainingConfig:
         return [key for key in sorted({*ours, *flat} - neutral) if ours.get(key) != flat.get(key)]
 
 
-def load_config(path: str, overrides: typing.Sequence[str] = (), data: str | None = None) -> TrainingConfig:
+def load_config(path: str, overrides: typing.Sequence[str] = (), **keys: str | None) -> TrainingConfig:
     """Read a configuration file; UserError says what is wrong with it.
 
-    Each override is `key=value` or `model_config.key=value`; `data` overrides the key of that name.
+    Each override is `key=value` or `model_config.key=value`; `keys` that are not None override keys of the YAML.
     """
     try:
         values = _parse(Path(path).read_bytes(), path)
@@ -88,8 +90,7 @@ def load_config(path: str, overrides: typing.Sequence[str] = (), data: str | Non
         target = values.get(section) if dot else values
         require(isinstance(target, dict), f"--set {override}: there is no section '{section}'; see {path}")
         target[name] = _parse(text, f"--set {override}")
-    if data is not None:
-        values["data"] = data
+    values |= {key: value for key, value in keys.items() if value is not None}
     config = _build(TrainingConfig, values, path)
     _check_values(config, path)
     return config
@@ -124,8 +125,11 @@ def _build(cls, values: dict, path: str, prefix: str = ""):
     """An instance of the dataclass from a mapping with exactly its keys, each value of the right type."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     types = typing.get_type_hints(cls)
+    known = {name: prefix + name for name in fields}
+    if cls is TrainingConfig:  # model_config.n_embd is easily given as n_embd
+        known |= {field.name: f"model_config.{field.name}" for field in dataclasses.fields(ModelConfig)}
     for key in values:
-        nearest = get_close_matches(str(key), fields, n=1, cutoff=0)[0]
+        nearest = known[get_close_matches(str(key), known, n=1, cutoff=0)[0]]
         require(key in fields, f"{path}: unknown key '{prefix}{key}'; did you mean '{nearest}'?")
     for name, field in fields.items():
         given = name in values or field.default is not MISSING
@@ -177,6 +181,7 @@ def _check_values(c: TrainingConfig, path: str) -> None:
         f"max_lr = {c.max_lr} must not be less than min_lr = {c.min_lr}": c.max_lr >= c.min_lr,
         f"max_lr = {c.max_lr} must be more than 0": c.max_lr > 0,
         f"grad_clip = {c.grad_clip} must be more than 0": c.grad_clip is None or c.grad_clip > 0,
+        f"eval_interval = {c.eval_interval} must be at least 1": c.eval_interval is None or c.eval_interval >= 1,
         f"checkpoint_interval = {interval} must be a number of steps (500) or of seconds (60s)": (
             interval is None or seconds or (isinstance(interval, int) and interval >= 1)
         ),

@@ -62,6 +62,17 @@ def as_user_error(
     return None
 
 
+@contextmanager
+def out_of_memory_means(advice: str):
+    """Let memory that runs out in the block end the command in one sentence with this advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise as_user_error(error, f": {advice}") from error
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of the machine or of a GPU is exhausted."""
     # PyTorch raises a plain RuntimeError where the CPU's memory is exhausted: only its text says so.

@@ -8,7 +8,7 @@ from support.checkpoint import TrainedModel
 from support.errors import UserError, require
 from support.files import write_atomically
 from support.paths import ROOT
-from support.screen import heading, show_facts, show_text
+from support.screen import heading, show_facts, show_note, show_text
 
 
 def read_prefixes(path: str | None) -> list[str]:
@@ -49,6 +49,10 @@ def show_generation_header(trained: TrainedModel, args: Namespace) -> None:
     parts += [f"up to {args.max_new_tokens} new tokens"]
     heading("generate")
     show_facts({**trained.facts(), "sampling": ", ".join(parts)})
+    defaults = {"top_k": None, "top_p": None, "seed": 0, "num_samples": 1}
+    unused = [f"--{name}" for name, default in defaults.items() if getattr(args, name) != default]
+    if unused and args.temperature == 0:
+        show_note(f"{', '.join(unused)}: no effect at temperature 0; sample with --temperature 0.8, for example.")
 
 
 def report_texts(trained: TrainedModel, prompts: list[str], texts: list[str], seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""metrics.csv: one row per training step."""
+"""metrics.csv: one row per training step; validation.csv: one per validation loss."""
 
 import os
 from contextlib import suppress
@@ -9,20 +9,21 @@ import numpy as np
 from support.files import write_atomically
 
 COLUMNS = ("step", "tokens", "flops", "loss", "train-loss", "learning-rate")
+VALIDATION_COLUMNS = ("step", "val-loss")
 
 
 class MetricsLog:
-    """metrics.csv of one run. Each row is written at once; while the disk is full, rows wait in memory."""
+    """Such a file of one run. Each row is written at once; while the disk is full, rows wait in memory."""
 
-    def __init__(self, path: Path, start_step: int = 0):
-        """Start the file, or keep its rows before start_step if a run is resumed. May raise OSError."""
+    def __init__(self, path: Path, n_rows: int = 0, columns: tuple[str, ...] = COLUMNS):
+        """Start the file, or keep its first n_rows rows if a run is resumed. May raise OSError."""
         rows = path.read_text(errors="replace").splitlines(keepends=True)[1:] if path.exists() else []
-        write_atomically(path, ",".join(COLUMNS) + "\n" + "".join(rows[:start_step]))
+        write_atomically(path, ",".join(columns) + "\n" + "".join(rows[:n_rows]))
         self._file = path.open("ab", buffering=0)  # unbuffered: what was written is in the file
         self._pending = b""
 
     def append(self, *row: float) -> None:
-        """Add one row in the order of COLUMNS, with floats that read back exactly."""
+        """Add one row in the order of the columns, with floats that read back exactly."""
         self._pending += (",".join(map(str, row)) + "\n").encode()
         with suppress(OSError):  # tried again with the next row; `sync` raises
             self._write_pending()
@@ -42,6 +43,6 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a metrics.csv by name, one float per step."""
-    rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
-    return dict(zip(COLUMNS, np.array(rows, dtype=float).reshape(-1, len(COLUMNS)).T, strict=True))
+    """The columns of a metrics.csv or validation.csv by name, one float per row."""
+    names, *rows = [line.split(",") for line in path.read_text().splitlines()]
+    return dict(zip(names, np.array(rows, dtype=float).reshape(-1, len(names)).T, strict=True))

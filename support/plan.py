@@ -61,17 +61,21 @@ def show_plan(plan: TrainingPlan) -> None:
     if corpus.note:
         show_note(corpus.note)
     n_tokens = setup.tokens_per_step * c.num_training_steps
+    # The course's budgets mean something only to a run that is about as large.
+    budgets = [
+        f", {plan.flops / b:.1%} of the course's {b:.0e}" for b in (1e15, 1e17) if b / 2 < plan.flops < 2 * b
+    ]
     processes = f", {setup.world.size} processes" if setup.world.size > 1 else ""
     show_facts(
         {
             "device": f"{setup.hardware}{processes}",
             "model": f"{count(plan.n_parameters, 'parameters')}, model.pt {plan.n_parameters * 4 / 1e6:.1f} MB",
+            **({"weights": f"of {c.init}"} if c.init else {}),
             "data": f"{corpus.name}: {count(len(corpus.train), 'tokens')} to train on, "
             f"{count(len(corpus.val), 'tokens')} held out",
             "training": f"{c.num_training_steps} steps of {setup.tokens_per_step} tokens = "
             f"{count(n_tokens, 'tokens')} ({n_tokens / len(corpus.train):.2g} times the data)",
-            "compute": f"{plan.flops:.3g} FLOPs: {plan.flops / 1e15:.1%} of the course's 1e15, "
-            f"{plan.flops / 1e17:.2%} of 1e17",
+            "compute": f"{plan.flops:.3g} FLOPs{''.join(budgets)}",
             "ln V": f"{plan.ln_vocab:.3f} nats, the loss of a uniform guess",
             "unigrams": f"{plan.unigram_entropy:.3f} nats, the loss of a guess that knows only word frequencies",
         }

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from support.checkpoint import to_bytes
+from support.checkpoint import checkpoint_file, load_weights, to_bytes
 from support.config import dump_config
-from support.errors import first_line
+from support.errors import first_line, out_of_memory_means
 from support.files import json_text, write_together
 from support.hardware import peak_memory_mib
 from support.plan import TrainingPlan
 from support.plots import plot_curve
-from support.run_folder import RESULTS, WORKING_METRICS
+from support.run_folder import RESULTS, VALIDATION, WORKING_METRICS, WORKING_VALIDATION
 from support.screen import bold, duration, heading, show_facts, show_note, show_text
 from support.setup import Setup
 
@@ -55,8 +55,11 @@ def write_results(
             folder / "eval.json": json_text(evaluation).encode(),
             folder / "run.json": json_text(measured).encode(),
             folder / "metrics.csv": (folder / WORKING_METRICS).read_bytes(),
+            **({folder / VALIDATION: (folder / WORKING_VALIDATION).read_bytes()} if c.eval_interval else {}),
         }
     )
+    if not c.eval_interval:
+        (folder / VALIDATION).unlink(missing_ok=True)  # of the run that this one replaces
     title = f"{folder.name} on {corpus.name}"
     levels = (result["val-loss"], plan.ln_vocab, plan.unigram_entropy)
     plot_curve(folder / "metrics.csv", *levels, title, folder / "curve.png")
@@ -75,7 +78,7 @@ def show_results(folder: Path, plan: TrainingPlan, result: dict[str, float], mea
             f"{plan.speed(seconds / c.num_training_steps)}",
             "memory": f"{measured['peak-memory-mib']:.0f} MiB at the peak",
             "evaluated": f"{n_predictions:,} predicted tokens, seq_len {c.seq_len}",
-            "written": f"{folder}/ {', '.join(RESULTS)}",
+            "written": f"{folder}/ {', '.join(RESULTS + (VALIDATION,) * bool(c.eval_interval))}",
         }
     )
 
@@ -105,10 +108,22 @@ def show_sample(checkpoint: Path, generate: Callable[[str], str]) -> None:
     print(f"  python classify.py {checkpoint}")
 
 
-def show_evaluation(checkpoint: str, setup: Setup, result: dict[str, float]) -> None:
-    """Print the loss of a checkpoint, and what it was measured on."""
+def show_evaluation(
+    checkpoint: str, setup: Setup, model: torch.nn.Module, validate: Callable[[], dict[str, float]]
+) -> None:
+    """Load a checkpoint into the model; print what it is evaluated on, and the loss that `validate` returns."""
+    c = setup.config
+    load_weights(model, checkpoint, c.model_config)
+    n_predictions = f"{setup.corpus.n_predictions(c.seq_len):,} predicted tokens in rows of seq_len {c.seq_len}"
     heading("evaluate")
-    show_facts({"model": checkpoint, "data": f"the val split of {setup.corpus.name}"})
-    loss, perplexity, seq_len = result["val-loss"], result["val-perplexity"], setup.config.seq_len
+    show_facts(
+        {
+            "model": str(checkpoint_file(checkpoint)),
+            "data": f"the val split of {setup.corpus.name}, {n_predictions}",
+            "device": str(setup.hardware),
+        }
+    )
+    with out_of_memory_means(f"batch_size {c.batch_size} × seq_len {c.seq_len} does not fit; make one smaller"):
+        result = validate()
+    loss, perplexity = result["val-loss"], result["val-perplexity"]
     print("  " + bold(f"validation loss {loss:.4f} nats per token, perplexity {perplexity:.5g}"))
-    print(f"  over {setup.corpus.n_predictions(seq_len):,} predicted tokens in rows of seq_len {seq_len}")

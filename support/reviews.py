@@ -27,6 +27,7 @@ class Reviews:
     name: str
     texts: list[str]
     labels: list[int]
+    n_read: int  # reviews tried in order to find these, which fit
     note: str | None = None  # what the reader of the results must know; printed loudly
 
 
@@ -51,9 +52,12 @@ def load_reviews(
     elif data not in (None, "yelp"):
         name, reviews = data, list(_read_file(Path(data)))
     random.Random(seed).shuffle(reviews)
-    chosen = list(islice((review for review in reviews if fits(review[0])), limit))
+    fitting = (n for n, review in enumerate(reviews) if fits(review[0]))
+    indices = list(islice(fitting, limit))
+    chosen = [reviews[n] for n in indices]
     require(bool(chosen), f"{name}: none of the {len(reviews)} reviews fits the model; use shorter ones")
-    return Reviews(name, [text for text, _ in chosen], [label for _, label in chosen], note)
+    n_read = indices[-1] + 1 if len(indices) == limit else len(reviews)
+    return Reviews(name, [text for text, _ in chosen], [label for _, label in chosen], n_read, note)
 
 
 def _read_yelp(path: Path) -> list[tuple[str, int]]:

@@ -1,5 +1,6 @@
 """One training run around `train`: it is locked, resumed, logged, saved, stopped and finished here."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -7,19 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from support.checkpoint import load_weights
 from support.config import TrainingConfig
 from support.distribution import LOST, lost_process
 from support.errors import RunStopped, as_user_error, require
-from support.metrics import MetricsLog
+from support.metrics import VALIDATION_COLUMNS, MetricsLog
 from support.plan import ProgressBar, TrainingPlan, show_plan
 from support.results import measurements, show_results, show_sample, write_results
-from support.run_folder import STATE, WORKING_METRICS, locked_folder
+from support.run_folder import STATE, WORKING_METRICS, WORKING_VALIDATION, locked_folder
 from support.screen import bold, duration, show_note
 from support.setup import Setup
 from support.signals import StopSignals
 from support.state import Progress, TrainingState, random_state
-from support.tracking import finish_tracking, start_tracking
+from support.tracking import finish_tracking, log_validation, start_tracking
 from train import RUNNING_MEAN_STEPS, StepResult
 
 DRY_RUN_STEPS = 6  # enough to time a step; the first one warms up
@@ -27,13 +30,18 @@ DRY_RUN_STEPS = 6  # enough to time a step; the first one warms up
 
 @contextmanager
 def open_run(
-    setup: Setup, model: torch.nn.Module, optimizer: torch.optim.Optimizer, fresh: bool, dry_run: bool
+    setup: Setup,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    validate: Callable[[], dict[str, float]],
+    fresh: bool,
+    dry_run: bool,
 ) -> Iterator["TrainingRun | DryRun"]:
     """Lock the output directory, resume an interrupted run if there is one, and always clean up.
 
-    with open_run(setup, model, optimizer, fresh=False, dry_run=False) as run:
+    with open_run(setup, model, optimizer, lambda: evaluate(…), fresh=False, dry_run=False) as run:
         train(…, start_step=run.progress.next_step, on_step=run.on_step)
-        run.finish(evaluate(…))
+        run.finish()
     """
     plan, world = TrainingPlan(setup, model), setup.world
     folder, is_main = Path(setup.config.output_dir), world.is_main_process
@@ -51,14 +59,20 @@ def open_run(
             state = TrainingState(folder / STATE, setup, model, optimizer)
             if fresh:
                 state.path.unlink(missing_ok=True)
-            progress = state.load() if state.path.exists() else Progress()
+            resumes = state.path.exists()
+            replaces = not (resumes or fresh) and state.finished_run_exists()
+            progress = state.load() if resumes else Progress()
+            if setup.config.init and not resumes:
+                load_weights(model, setup.config.init, setup.config.model_config)
+        if replaces:
+            show_note(f"The finished run in {folder} is replaced when this one ends.")
         if progress.next_step:
             show_note(f"Resuming the interrupted run at step {progress.next_step} (--fresh starts over).")
         steps = world.gather(progress.next_step)
         require(len(set(steps)) == 1, f"output_dir: the processes do not share the folder {folder}")
         if is_main:
             progress.wandb_id = start_tracking(setup.config, progress.wandb_id)
-        run = TrainingRun(plan, state, progress)
+        run = TrainingRun(plan, state, progress, validate)
         stack.callback(run.close)
         stack.enter_context(run.signals)
         stack.enter_context(_errors_explained(run, setup.config))
@@ -93,8 +107,14 @@ class DryRun:
 class TrainingRun:
     """Logs, shows and saves the steps of a run, stops it, and writes its results."""
 
-    def __init__(self, plan: TrainingPlan, state: TrainingState, progress: Progress):
-        self.plan, self.state, self.progress = plan, state, progress
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        state: TrainingState,
+        progress: Progress,
+        validate: Callable[[], dict[str, float]],
+    ):
+        self.plan, self.state, self.progress, self.validate = plan, state, progress, validate
         self.setup, self.config, self.world = plan.setup, plan.setup.config, plan.setup.world
         self.folder = state.path.parent
         self.end_step = self.config.num_training_steps
@@ -104,7 +124,7 @@ class TrainingRun:
         if progress.next_step:
             self._set_resume_hint()
         self.signals = StopSignals(announced=is_main)
-        self._metrics = MetricsLog(self.folder / WORKING_METRICS, progress.next_step) if is_main else None
+        self._open_logs(progress.next_step)
         self._bar = ProgressBar(plan, progress.next_step, enabled=is_main)
         self._seconds_before = progress.seconds
         self._save_seconds = 0.0  # the latest save took
@@ -116,8 +136,8 @@ class TrainingRun:
         """Close the bar, the metrics and the W&B run."""
         self._hook.remove()
         self._bar.close()
-        if self._metrics:
-            self._metrics.close()
+        for log in self._logs:
+            log.close()
         finish_tracking(self.result)
 
     def _before_update(self, *_) -> None:
@@ -138,13 +158,24 @@ class TrainingRun:
             "`for step in range(start_step, num_training_steps)`. The run goes on, but is not trained as planned."
         )
         self._bar.close()
-        self._metrics.close()
+        for log in self._logs:
+            log.close()
         self._bar = ProgressBar(self.plan, step, enabled=True)
-        self._metrics = MetricsLog(self.folder / WORKING_METRICS, step)
+        self._open_logs(step)
         self._seconds_before = 0.0
 
+    def _open_logs(self, step: int) -> None:
+        """Start the main process's files, or keep their rows before this step."""
+        self._metrics = self._validation = None
+        if self.world.is_main_process:
+            self._metrics = MetricsLog(self.folder / WORKING_METRICS, step)
+            if interval := self.config.eval_interval:
+                n_rows = min(step, self.end_step - 1) // interval  # `finish` adds the last step's
+                self._validation = MetricsLog(self.folder / WORKING_VALIDATION, n_rows, VALIDATION_COLUMNS)
+        self._logs = [log for log in (self._metrics, self._validation) if log]
+
     def on_step(self, result: StepResult) -> None:
-        """Log and show one step, save the state if it is due, stop if a signal came."""
+        """Log and show one step, evaluate or save the state if it is due, stop if a signal came."""
         now, progress = time.perf_counter(), self.progress
         if not self._reported and result.step != progress.next_step and self.world.is_main_process:
             self._start_elsewhere(result.step)
@@ -158,6 +189,10 @@ class TrainingRun:
             self._bar.update(result, now - self._started)
 
         last = n_steps == self.end_step
+        if self._validation and n_steps % self.config.eval_interval == 0 and not last:
+            started = time.perf_counter()
+            self._log_validation(result.step, self.validate()["val-loss"])
+            self._started += time.perf_counter() - started  # not a part of the training's time
         # A signal to one process stops all of them after the same step.
         due = self.world.is_main_process and self._save_is_due(n_steps)  # it knows how long saving takes
         stop, due = self.world.maximum(self.signals.number, due)
@@ -169,6 +204,11 @@ class TrainingRun:
         stop = stop or (last and self.signals.number)
         if stop:  # a signal that came after the check waits for the next step
             raise SystemExit(128 + stop)
+
+    def _log_validation(self, step: int, val_loss: float) -> None:
+        self._validation.append(step, val_loss)
+        log_validation(step, val_loss)
+        tqdm.write(f"step {step + 1}/{self.end_step}  validation loss {val_loss:.3f}")
 
     def _save_is_due(self, n_steps: int) -> bool:
         interval = self.config.checkpoint_interval
@@ -183,7 +223,8 @@ class TrainingRun:
         random_states = self.world.gather(random_state(self.setup.device))
         try:
             if self.world.is_main_process:
-                self._metrics.sync()  # first: a state promises the rows of all steps before it
+                for log in self._logs:
+                    log.sync()  # first: a state promises the rows of all steps before it
                 self.state.save(self.progress, random_states)
             self._set_resume_hint()
         except (OSError, MemoryError) as error:
@@ -198,15 +239,22 @@ class TrainingRun:
         step = self.progress.next_step
         self.resume_hint = f"{self.state.path} is kept: rerun the same command to resume at step {step}"
 
-    def finish(self, result: dict[str, float]) -> None:
-        """Write and print the results of `evaluate`, and remove the state, which is no longer needed."""
+    def finish(self) -> None:
+        """Evaluate, write and print the results, and remove the state, which is no longer needed."""
         self._bar.close()
-        self._metrics.sync()
+        if not sys.stderr.isatty():  # a terminal gets a bar
+            print("evaluating", flush=True)
+        result = self.validate()
+        if self._validation:
+            self._validation.append(self.end_step - 1, result["val-loss"])
+        for log in self._logs:
+            log.sync()
         seconds = self.progress.seconds or time.perf_counter() - self._started  # train() may ignore on_step
-        measured = measurements(self.plan, seconds)
+        measured = measurements(self.plan, seconds) | {"data-sha256": self.state.data_hash}
         write_results(self.folder, self.plan, self.state.model, result, measured)
         self.state.path.unlink(missing_ok=True)
-        (self.folder / WORKING_METRICS).unlink(missing_ok=True)  # after the state, whose rows it holds
+        for name in (WORKING_METRICS, WORKING_VALIDATION):
+            (self.folder / name).unlink(missing_ok=True)  # after the state, whose rows they hold
         self.resume_hint, self.result = "The run is finished and its results are written", result
         show_results(self.folder, self.plan, result, measured)
 

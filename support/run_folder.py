@@ -10,8 +10,10 @@ from support.errors import UserError, require
 from support.files import remove_leftovers
 
 RESULTS = ("model.pt", "config.yaml", "eval.json", "metrics.csv", "curve.png", "run.json")
+VALIDATION = "validation.csv"  # one more result of a run with an eval_interval
 STATE = "training_state.pt"  # exists while a run is unfinished
 WORKING_METRICS = "metrics.partial.csv"  # becomes metrics.csv together with the other results
+WORKING_VALIDATION = "validation.partial.csv"
 
 
 @contextmanager
@@ -30,7 +32,7 @@ def locked_folder(folder: Path, n_parameters: int):
     except OSError as error:
         raise UserError(f"{name} cannot be written ({error.strerror}); choose another") from None
     try:
-        for file in (*RESULTS, STATE, WORKING_METRICS):
+        for file in (*RESULTS, VALIDATION, STATE, WORKING_METRICS, WORKING_VALIDATION):
             require(not (folder / file).is_dir(), f"{name}/{file} is a folder; remove it")
             remove_leftovers(folder / file)
         in_use = (folder / STATE).stat().st_size if (folder / STATE).exists() else 0

@@ -32,8 +32,8 @@ def show_note(note: str) -> None:
 
 
 def show_text(prompt: str, continuation: str) -> None:
-    """A prompt and its continuation in bold, line breaks shown as ⏎."""
-    prompt, continuation = (text.replace("\n", " ⏎ ") for text in (prompt, continuation))
+    """A prompt and its continuation in bold, indented."""
+    prompt, continuation = (text.replace("\n", "\n  ") for text in (prompt, continuation))
     print(f"  {prompt}{bold(continuation)}\n")
 
 

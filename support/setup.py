@@ -1,17 +1,21 @@
 """The inputs of a training run: configuration, device, tokenizer, corpus and processes."""
 
+import math
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import tiktoken
 import torch
+from tqdm import tqdm
 
 from support.config import TrainingConfig, load_config
 from support.corpus import Corpus, load_corpus
 from support.distribution import World, join_world
-from support.errors import exit_on_user_error
+from support.errors import exit_on_user_error, out_of_memory_means
 from support.hardware import Hardware, batches_on, choose_hardware
+from support.screen import count
 from support.tokenizer import get_tokenizer
 
 
@@ -49,6 +53,12 @@ class Setup:
         """The batches, sampled on the CPU, on the device."""
         return batches_on(self.device, batches)
 
+    def with_bar(self, batches: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
+        """The validation batches, with a progress bar on a terminal."""
+        n_batches = math.ceil(len(self.corpus.val) // self.config.seq_len / self.config.batch_size)
+        disable = None if self.world.is_main_process else True  # None: where there is no terminal
+        return tqdm(batches, "evaluating", n_batches, False, unit="batch", dynamic_ncols=True, disable=disable)
+
     def distribute(self, loss_fn: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         """The loss to train with: averaged over all processes if there are several, else loss_fn itself."""
         c = self.config
@@ -58,16 +68,19 @@ class Setup:
 
 
 @contextmanager
-def open_setup(config_path: str, overrides: list[str], data: str | None, evaluates_only: bool) -> Iterator[Setup]:
-    """Join the processes that torchrun started and load everything that the configuration names.
+def open_setup(args: Namespace) -> Iterator[Setup]:
+    """Join the processes that torchrun started and load everything that train.py's command line names.
 
     A UserError in the block, or for something wrong with these inputs, ends the program in one sentence.
     """
     with exit_on_user_error(), join_world() as world:
-        config = load_config(config_path, overrides, data)
+        config = load_config(args.config, args.set, data=args.data, init=args.init)
         hardware = choose_hardware(world.device(config.device))
         tokenizer = get_tokenizer(config.tokenizer_encoding)
         with world.main_process_first():  # it downloads or tokenises; the others find the result
             corpus = load_corpus(config.data, tokenizer.n_vocab)
-        corpus.require_rows(config.seq_len, ("val",) if evaluates_only else ("train", "val"))
-        yield Setup(config, hardware, tokenizer, corpus, world)
+        corpus.require_rows(config.seq_len, ("val",) if args.evaluate else ("train", "val"))
+        n_parameters = config.model_config.n_parameters(tokenizer.n_vocab)
+        size = f"{count(n_parameters, 'parameters')} take {n_parameters * 4 / 1e9:.3g} GB"
+        with out_of_memory_means(f"the model is too large: {size}; make model_config smaller"):
+            yield Setup(config, hardware, tokenizer, corpus, world)

@@ -1,6 +1,7 @@
 """training_state.pt: everything an interrupted run needs to continue bit for bit."""
 
 import hashlib
+import json
 import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from support.checkpoint import load_archive, to_bytes
+from support.config import load_config
 from support.corpus import Corpus
 from support.errors import UserError, first_line, is_out_of_memory, require
 from support.files import write_together
@@ -70,7 +72,13 @@ class TrainingState:
         n_bytes = 4 * sum(parameter.numel() for parameter in self.model.parameters())
         values = load_archive(self.path, 2.9 * n_bytes, 3.1 * n_bytes + 2**24, FRESH)
         try:
-            self._require_same_run(values)
+            self._require_same_run("interrupted", values["config"], values["data"])
+            n, n_here = len(values["random"]), self.setup.world.size
+            launcher = "python" if n == 1 else f"torchrun --nproc_per_node={n}"
+            there = (
+                f"{self.path.parent}: the interrupted run there has {n} process{'es' * (n > 1)}, this one {n_here}"
+            )
+            require(n == n_here, f"{there}; resume it with {launcher} train.py, or {FRESH}")
             progress = Progress(**values["progress"])
             in_range = 0 < progress.next_step <= self.setup.config.num_training_steps
             require(in_range, f"{self.path}: damaged; {FRESH}")
@@ -83,9 +91,23 @@ class TrainingState:
             raise UserError(f"{self.path}: not the state of this run ({first_line(error)}); {FRESH}") from None
         return progress
 
-    def _require_same_run(self, values: dict) -> None:
-        there = f"{self.path}: the interrupted run there has"
-        theirs, ours = values["config"], self.setup.config.flat()
+    def finished_run_exists(self) -> bool:
+        """Whether the folder holds the results of a finished run.
+
+        Raises UserError if it had another configuration or other data.
+        """
+        model, config, run = (self.path.with_name(name) for name in ("model.pt", "config.yaml", "run.json"))
+        if not (model.exists() and config.exists()):
+            return False
+        try:
+            data_hash = json.loads(run.read_bytes())["data-sha256"]
+        except (OSError, ValueError, LookupError, TypeError):  # an older run: only its configuration is known
+            data_hash = None
+        self._require_same_run("finished", load_config(str(config)).flat(), data_hash)
+        return True
+
+    def _require_same_run(self, kind: str, theirs: dict, data_hash: str | None) -> None:
+        there, ours = f"{self.path.parent}: the {kind} run there has", self.setup.config.flat()
         differing = [
             f"{key} ({reprlib.repr(theirs.get(key))} there, {ours.get(key)!r} here)"
             for key in self.setup.config.differing(theirs)
@@ -93,11 +115,7 @@ class TrainingState:
         require(not differing, f"{there} another configuration: {', '.join(differing)}; {FRESH}")
         names = [reprlib.repr(keys["data"] or "the default") for keys in (theirs, ours)]
         other = f"other data: data ({names[0]} there, {names[1]} here) has different tokens"
-        require(values["data"] == self.data_hash, f"{there} {other}; {FRESH}")
-        n, n_here = len(values["random"]), self.setup.world.size
-        launcher = "python" if n == 1 else f"torchrun --nproc_per_node={n}"
-        remedy = f"resume it with {launcher} train.py, or {FRESH}"
-        require(n == n_here, f"{there} {n} process{'es' * (n > 1)}, this one {n_here}; {remedy}")
+        require(data_hash in (None, self.data_hash), f"{there} {other}; {FRESH}")
 
 
 def random_state(device: torch.device) -> dict:

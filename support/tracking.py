@@ -51,15 +51,23 @@ def _logged_in() -> bool:
     return False
 
 
-def finish_tracking(summary: dict | None) -> None:
-    """End the W&B run, if there is one, with these results; None marks it as failed."""
+def log_validation(step: int, val_loss: float) -> None:
+    """Log a validation loss to the W&B run, if there is one."""
+    if wandb.run is not None:
+        wandb.log({"val-loss": val_loss}, step=step)
 
-    def finish() -> None:
+
+def finish_tracking(summary: dict | None) -> None:
+    """End the W&B run, if there is one, with these results, and print where it is; None marks it as failed."""
+
+    def finish() -> str:
+        url, folder = wandb.run.url, wandb.run.settings.sync_dir
         wandb.run.summary.update(summary or {})
         wandb.finish(exit_code=int(summary is None))
+        return f"W&B: {url}" if url else f"W&B was offline; to upload the run: wandb sync {folder}"
 
-    if wandb.run is not None:
-        _within(WANDB_SECONDS, finish, "did not finish")
+    if wandb.run is not None and (place := _within(WANDB_SECONDS, finish, "did not finish")):
+        show_note(place)
 
 
 def _within(seconds: float, action: Callable, failure: str):

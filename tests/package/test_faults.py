@@ -295,7 +295,7 @@ def test_metrics_are_cut_back_to_whole_rows_of_the_steps_done(tmp_path, rest):
     path = tmp_path / "metrics.csv"
     rows = "".join(f"{step},8,100,1.5,2.5,0.001\n" for step in range(3))
     path.write_text(",".join(COLUMNS) + "\n" + rows + rest)
-    MetricsLog(path, start_step=3).close()
+    MetricsLog(path, n_rows=3).close()
     assert path.read_text() == ",".join(COLUMNS) + "\n" + rows
 
 
