@@ -63,7 +63,9 @@ def show_plan(plan: TrainingPlan) -> None:
     n_tokens = setup.tokens_per_step * c.num_training_steps
     # The course's budgets mean something only to a run that is about as large.
     budgets = [
-        f", {plan.flops / b:.1%} of the course's {b:.0e}" for b in (1e15, 1e17) if b / 2 < plan.flops < 2 * b
+        f", {plan.flops / b:.1%} of the course's {b:.0e}".replace("e+", "e")
+        for b in (1e15, 1e17)
+        if b / 2 < plan.flops < 2 * b
     ]
     processes = f", {setup.world.size} processes" if setup.world.size > 1 else ""
     show_facts(

@@ -123,7 +123,7 @@ class TrainingRun:
         self.resume_hint = "Nothing was saved yet: rerun the same command to start over"
         if progress.next_step:
             self._set_resume_hint()
-        self.signals = StopSignals(announced=is_main)
+        self.signals = StopSignals(announced=is_main, under_torchrun=self.world.size > 1)
         self._open_logs(progress.next_step)
         self._bar = ProgressBar(plan, progress.next_step, enabled=is_main)
         self._seconds_before = progress.seconds
@@ -270,6 +270,8 @@ def _errors_explained(run: TrainingRun | DryRun, c: TrainingConfig) -> Iterator[
         yield
     except (SystemExit, KeyboardInterrupt):
         print(f"\nStopped. {run.resume_hint}.", flush=True)
+        if run.plan.setup.world.size > 1:
+            print("torchrun reports the stop as an error of its own; nothing else is wrong.", flush=True)
         raise
     except Exception as error:
         common_reason = None  # why all processes stop at once

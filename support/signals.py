@@ -1,7 +1,9 @@
 """SIGINT and SIGTERM during a training run."""
 
+import math
 import os
 import signal
+import time
 from contextlib import suppress
 
 
@@ -9,12 +11,14 @@ class StopSignals:
     """SIGINT and SIGTERM in a with block: the first one waits for the end of the step, a second one stops now.
 
     While `deferring`, the first signal only sets `number`; otherwise it raises SystemExit with the status that
-    shells use, 128 + number.
+    shells use, 128 + number. Under torchrun, which passes on the Ctrl-C that a terminal sends to all processes, what
+    comes within a second of the first signal is the same one.
     """
 
-    def __init__(self, announced: bool):
-        self.announced = announced
+    def __init__(self, announced: bool, under_torchrun: bool = False):
+        self.announced, self.under_torchrun = announced, under_torchrun
         self.number = 0
+        self._received = -math.inf
         self.deferring = False
 
     def __enter__(self) -> "StopSignals":
@@ -31,10 +35,13 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame) -> None:
-        self.__exit__()  # a second signal gets the usual handlers
-        if not self.deferring:
+        if self.under_torchrun and time.monotonic() < self._received + 1:
+            return
+        if not self.under_torchrun:
+            self.__exit__()  # a second signal gets the usual handlers
+        if self.number or not self.deferring:
             raise SystemExit(128 + number)
-        self.number = number
+        self.number, self._received = number, time.monotonic()
         if self.announced:
             with suppress(OSError):  # not print, which the signal may have interrupted
                 os.write(2, b"\nStopping after this step (press Ctrl-C again to stop now).\n")

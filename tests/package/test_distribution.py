@@ -22,6 +22,7 @@ from support import distribution
 from support.chunked_loss import LanguageModelingLoss
 from support.distribution import LOST, World, join_world, lost_process
 from support.errors import UserError
+from support.signals import StopSignals
 
 PATIENCE_SECONDS = 100  # with a rank; a busy machine of two cores takes ten
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
@@ -326,3 +327,17 @@ def test_every_rank_has_its_own_gpu(monkeypatch):
 def test_other_runtime_errors_are_no_lost_process():
     assert lost_process(dist.DistBackendError("NCCL communicator was aborted"))
     assert not lost_process(RuntimeError("shapes do not match")) and not lost_process(ValueError("gloomy"))
+
+
+def test_ctrl_c_that_torchrun_passes_on_is_one_signal():
+    """A terminal sends SIGINT to all processes, and torchrun sends it to them once more."""
+    with StopSignals(announced=False, under_torchrun=True) as signals:
+        signals.deferring = True
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.number == signal.SIGINT
+        signals._received -= 1
+        with pytest.raises(SystemExit) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+    assert stop.value.code == 130
