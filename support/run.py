@@ -246,7 +246,7 @@ class TrainingRun:
             print("evaluating", flush=True)
         result = self.validate()
         if self._validation:
-            self._validation.append(self.end_step - 1, result["val-loss"])
+            self._log_validation(self.end_step - 1, result["val-loss"])
         for log in self._logs:
             log.sync()
         seconds = self.progress.seconds or time.perf_counter() - self._started  # train() may ignore on_step

@@ -11,8 +11,8 @@ class StopSignals:
     """SIGINT and SIGTERM in a with block: the first one waits for the end of the step, a second one stops now.
 
     While `deferring`, the first signal only sets `number`; otherwise it raises SystemExit with the status that
-    shells use, 128 + number. Under torchrun, which passes on the Ctrl-C that a terminal sends to all processes, what
-    comes within a second of the first signal is the same one.
+    shells use, 128 + number. Under torchrun, which passes on the Ctrl-C that a terminal sends to all processes,
+    what comes within a second of the first signal is the same one.
     """
 
     def __init__(self, announced: bool, under_torchrun: bool = False):
