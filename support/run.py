@@ -11,12 +11,11 @@ import torch
 from tqdm import tqdm
 
 from support.checkpoint import load_weights
-from support.config import TrainingConfig
-from support.distribution import LOST, lost_process
-from support.errors import RunStopped, as_user_error, require
+from support.errors import require
 from support.metrics import VALIDATION_COLUMNS, MetricsLog
 from support.plan import ProgressBar, TrainingPlan, show_plan
 from support.results import measurements, show_results, show_sample, write_results
+from support.run_errors import errors_explained
 from support.run_folder import STATE, WORKING_METRICS, WORKING_VALIDATION, locked_folder
 from support.screen import bold, duration, show_note
 from support.setup import Setup
@@ -48,7 +47,7 @@ def open_run(
     show_plan(plan)
     if dry_run:
         run = DryRun(plan)
-        with _errors_explained(run, setup.config):
+        with errors_explained(run, setup.config):
             yield run
         run.show_times()
         return
@@ -75,7 +74,7 @@ def open_run(
         run = TrainingRun(plan, state, progress, validate)
         stack.callback(run.close)
         stack.enter_context(run.signals)
-        stack.enter_context(_errors_explained(run, setup.config))
+        stack.enter_context(errors_explained(run, setup.config))
         run.signals.deferring = progress.next_step < run.end_step
         yield run
 
@@ -261,42 +260,3 @@ class TrainingRun:
     def show_sample(self, generate: Callable[[str], str]) -> None:
         """Print a prompt with its continuation `generate(prompt)`, and the next commands to type."""
         show_sample(self.folder / "model.pt", generate)
-
-
-@contextmanager
-def _errors_explained(run: TrainingRun | DryRun, c: TrainingConfig) -> Iterator[None]:
-    """Turn whatever stops the run into one sentence that says where it would resume."""
-    try:
-        yield
-    except (SystemExit, KeyboardInterrupt):
-        print(f"\nStopped. {run.resume_hint}.", flush=True)
-        if run.plan.setup.world.size > 1:
-            print("torchrun reports the stop as an error of its own; nothing else is wrong.", flush=True)
-        raise
-    except Exception as error:
-        common_reason = None  # why all processes stop at once
-        if isinstance(error, FloatingPointError):
-            common_reason = (
-                f"diverged: {error}; the weights were not updated. Likely remedies, with --fresh: a "
-                f"lower max_lr (now {c.max_lr:g}), more num_warmup_steps (now {c.num_warmup_steps}), or "
-                f"grad_clip (now {c.grad_clip or 'off'}; 1.0 is usual)"
-            )
-        elif lost_process(error):
-            common_reason = LOST
-        if common_reason:
-            raise RunStopped(f"{common_reason}. {run.resume_hint}", on_all_processes=True) from error
-        user_error = as_user_error(error, f" at step {run.progress.next_step}: {smaller_batch_advice(c)}")
-        if user_error is None:
-            raise
-        raise RunStopped(f"{user_error}. {run.resume_hint}") from error
-
-
-def smaller_batch_advice(c: TrainingConfig) -> str:
-    """What fills the memory, and the smallest change that needs less and leaves the mathematics unchanged."""
-    m, batch_size = c.model_config, c.batch_size
-    sizes = f"batch_size {batch_size} × seq_len {c.seq_len} × n_embd {m.n_embd} × n_layer {m.n_layer}"
-    if batch_size == 1:
-        return f"{sizes} does not fit; make one of the others smaller"
-    factor = next(k for k in range(2, batch_size + 1) if batch_size % k == 0)
-    remedy = f"batch_size={batch_size // factor} grad_accumulation_steps={c.grad_accumulation_steps * factor}"
-    return f"{sizes} does not fit; use --set {remedy}, which gives the same result"

@@ -14,7 +14,7 @@ import torch
 from tiny_run import ROOT, TinyRun, at_batches, leave_out_what_is_slow
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from support import checkpoint, results, run
+from support import checkpoint, results, run_errors
 from support.classification import area_under_roc
 from support.config import load_config
 from support.errors import UserError, exit_on_user_error
@@ -117,7 +117,7 @@ def test_file_that_vanishes_is_one_sentence(capsys):
 
 def test_memory_advice_for_a_batch_of_one():
     config = load_config(str(CONFIGS / "GPT-tiny.yaml"), ["batch_size=1"])
-    assert run.smaller_batch_advice(config).endswith("make one of the others smaller")
+    assert run_errors.smaller_batch_advice(config).endswith("make one of the others smaller")
 
 
 def test_memory_that_runs_out_while_a_checkpoint_loads_is_no_damaged_file(tmp_path, monkeypatch):
