@@ -61,10 +61,12 @@ def finish_tracking(summary: dict | None) -> None:
     """End the W&B run, if there is one, with these results, and print where it is; None marks it as failed."""
 
     def finish() -> str:
-        url, folder = wandb.run.url, wandb.run.settings.sync_dir
-        wandb.run.summary.update(summary or {})
+        run = wandb.run
+        offline = f"W&B was offline; to upload the run: wandb sync {run.settings.sync_dir}"
+        place = offline if run.offline else f"W&B: {run.url}"
+        run.summary.update(summary or {})
         wandb.finish(exit_code=int(summary is None))
-        return f"W&B: {url}" if url else f"W&B was offline; to upload the run: wandb sync {folder}"
+        return place
 
     if wandb.run is not None and (place := _within(WANDB_SECONDS, finish, "did not finish")):
         show_note(place)

@@ -221,7 +221,7 @@ class FakeRun:
     id, url, settings = "abc", None, type("Settings", (), {"sync_dir": "wandb/offline-run-1"})
 
     def __init__(self, url=None):
-        self.url, self.summary = url, {}
+        self.url, self.offline, self.summary = url, url is None, {}
 
 
 @pytest.mark.parametrize(

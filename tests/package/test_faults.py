@@ -484,7 +484,8 @@ def wandb(monkeypatch):
 class FakeRun:
     """What a W&B run looks like to the package, as far as nothing fails."""
 
-    id = "abc123"
+    id, offline, url = "abc123", False, "https://wandb.ai/me/run"
+    settings = SimpleNamespace(sync_dir="wandb/run-abc123")
 
     def __init__(self):
         self.summary = {}
