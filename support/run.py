@@ -6,25 +6,23 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from support.checkpoint import load_weights
+from support.dry_run import DryRun
 from support.errors import require
 from support.metrics import VALIDATION_COLUMNS, MetricsLog
 from support.plan import ProgressBar, TrainingPlan, show_plan
 from support.results import measurements, show_results, show_sample, write_results
 from support.run_errors import errors_explained
 from support.run_folder import STATE, WORKING_METRICS, WORKING_VALIDATION, locked_folder
-from support.screen import bold, duration, show_note
+from support.screen import show_note
 from support.setup import Setup
 from support.signals import StopSignals
 from support.state import Progress, TrainingState, random_state
 from support.tracking import finish_tracking, log_validation, start_tracking
 from train import RUNNING_MEAN_STEPS, StepResult
-
-DRY_RUN_STEPS = 6  # enough to time a step; the first one warms up
 
 
 @contextmanager
@@ -77,30 +75,6 @@ def open_run(
         stack.enter_context(errors_explained(run, setup.config))
         run.signals.deferring = progress.next_step < run.end_step
         yield run
-
-
-class DryRun:
-    """Times a few steps to say how long all would take. Touches no folder."""
-
-    end_step, writes_results = DRY_RUN_STEPS, False
-    resume_hint = "A dry run saves nothing"
-
-    def __init__(self, plan: TrainingPlan):
-        self.plan, self.progress = plan, Progress()
-        self._times = [time.perf_counter()]
-
-    def on_step(self, result: StepResult) -> None:
-        """Note the time."""
-        self._times.append(time.perf_counter())
-
-    def show_times(self) -> None:
-        """Print the speed and the time of the whole run. Raises UserError if `train` did not call on_step."""
-        timed = len(self._times) > 2
-        require(timed, "--dry-run: train() did not call on_step, so its steps cannot be timed")
-        seconds_per_step = float(np.median(np.diff(self._times)[1:]))  # the first step warms up
-        total = seconds_per_step * self.plan.setup.config.num_training_steps
-        print(f"  {self.plan.speed(seconds_per_step)}")
-        print(f"  a step takes {seconds_per_step * 1e3:.0f} ms; the whole run would take {bold(duration(total))}")
 
 
 class TrainingRun:

@@ -1,0 +1,37 @@
+"""A dry run: what training would cost, from a few timed steps."""
+
+import time
+
+import numpy as np
+
+from support.errors import require
+from support.plan import TrainingPlan
+from support.screen import bold, duration
+from support.state import Progress
+from train import StepResult
+
+DRY_RUN_STEPS = 6  # enough to time a step; the first one warms up
+
+
+class DryRun:
+    """Times a few steps to say how long all would take. Touches no folder."""
+
+    end_step, writes_results = DRY_RUN_STEPS, False
+    resume_hint = "A dry run saves nothing"
+
+    def __init__(self, plan: TrainingPlan):
+        self.plan, self.progress = plan, Progress()
+        self._times = [time.perf_counter()]
+
+    def on_step(self, result: StepResult) -> None:
+        """Note the time."""
+        self._times.append(time.perf_counter())
+
+    def show_times(self) -> None:
+        """Print the speed and the time of the whole run. Raises UserError if `train` did not call on_step."""
+        timed = len(self._times) > 2
+        require(timed, "--dry-run: train() did not call on_step, so its steps cannot be timed")
+        seconds_per_step = float(np.median(np.diff(self._times)[1:]))  # the first step warms up
+        total = seconds_per_step * self.plan.setup.config.num_training_steps
+        print(f"  {self.plan.speed(seconds_per_step)}")
+        print(f"  a step takes {seconds_per_step * 1e3:.0f} ms; the whole run would take {bold(duration(total))}")
