@@ -144,7 +144,7 @@ def test_out_of_memory_names_the_numbers_and_the_remedy(tmp_path, capsys, argume
 def test_model_too_large_for_the_machine_is_one_sentence(tmp_path, capsys):
     assert TinyRun(tmp_path).main("--set", "model_config.n_embd=4000000") == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: out of memory: use a smaller model") and error.count("\n") == 1
+    assert error.startswith("error: out of memory: the model is too large: 192 T parameters") and error.count("\n") == 1
 
 
 def test_number_of_parameters_is_that_of_the_model():
@@ -186,7 +186,7 @@ def test_disk_full_at_the_end(tmp_path, monkeypatch, capsys, small_disk):
     former = tiny.results()
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate", filling(train.evaluate, small_disk))
-        assert tiny.main() == 1
+        assert tiny.main("--fresh") == 1
     captured = capsys.readouterr()
     assert "No space left on device" in captured.err and "resume at step 6" in captured.err, captured.err
     assert captured.err.count("\n") == 1 and tiny.leftovers() == []
