@@ -344,6 +344,7 @@ def test_file_or_folder_in_the_way_is_refused_before_training(tmp_path, capsys, 
 # --- nobody reads, nothing is cached ---------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_closed_stdout_and_unwritable_home(tmp_path):
     """`python train.py … | head -1`, with neither a home nor a cache folder."""
     tiny = TinyRun(tmp_path, num_training_steps=20)

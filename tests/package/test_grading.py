@@ -101,6 +101,7 @@ def test_gradescope_gives_a_right_hand_in_all_points_and_measures_its_perplexity
     assert float(found[1]) == pytest.approx(math.exp(graded[2]), rel=1e-4)
 
 
+@pytest.mark.soak
 def test_gradescope_has_results_whatever_the_hand_in_does(autograder, right_files):
     stop = "import os\nopen('../results.json', 'w').write('{}')\ngetattr(os, '_' + 'exit')(0)\n"
     results = autograder(right_files | {"model.py": stop, "model.pt": "no weights"})
