@@ -144,7 +144,8 @@ def test_out_of_memory_names_the_numbers_and_the_remedy(tmp_path, capsys, argume
 def test_model_too_large_for_the_machine_is_one_sentence(tmp_path, capsys):
     assert TinyRun(tmp_path).main("--set", "model_config.n_embd=4000000") == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: out of memory: the model is too large: 192 T parameters") and error.count("\n") == 1
+    assert error.startswith("error: out of memory: the model is too large: 192 T parameters"), error
+    assert error.count("\n") == 1
 
 
 def test_number_of_parameters_is_that_of_the_model():
