@@ -12,7 +12,7 @@ MUTANTS = Path(__file__).resolve().parent / "mutants.py"
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--quick"],
+        pytest.param(["--quick"], marks=pytest.mark.soak),
         pytest.param([], marks=pytest.mark.soak),
         pytest.param(["--right"], marks=pytest.mark.soak),
     ],
