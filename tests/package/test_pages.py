@@ -35,7 +35,7 @@ def test_pages_show_commands(page):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ["README"])
 def test_commands_of_a_page_work(page, tmp_path):
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in tracked.stdout.splitlines():
