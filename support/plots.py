@@ -52,16 +52,17 @@ def plot_curve(
     metrics = read_metrics(metrics_csv)
     if len(metrics["step"]) == 0:  # train() never called on_step
         return
-    validation_csv = metrics_csv.with_name("validation.csv")
-    validation = read_metrics(validation_csv) if validation_csv.exists() else {"step": [], "val-loss": []}
     figure, (above, below) = _figure(8, 6, n_rows=2, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     steps = metrics["step"]
     above.plot(steps, metrics["loss"], color=TRAIN, alpha=0.25, linewidth=0.8, label="each step")
     above.plot(steps, metrics["train-loss"], color=TRAIN, linewidth=1.8, label="mean of the last 20 steps")
     above.axhline(ln_vocab, color=INK, linestyle=":", linewidth=1, label=f"uniform guess, ln V = {ln_vocab:.2f}")
     above.axhline(unigram, color=INK, linestyle="--", linewidth=1, label=f"word frequencies only = {unigram:.2f}")
-    above.plot(validation["step"], validation["val-loss"], "o-", color=GOOD, markersize=4, linewidth=1)
-    above.plot(steps[-1:], [val_loss], "o", color=GOOD, clip_on=False, label=f"validation = {val_loss:.3f}")
+    validation_csv = metrics_csv.with_name("validation.csv")
+    at_the_end = {"step": steps[-1:], "val-loss": [val_loss]}
+    validation = read_metrics(validation_csv) if validation_csv.exists() else at_the_end
+    label = f"validation, {val_loss:.3f} at the end"
+    above.plot(validation["step"], validation["val-loss"], "o-", color=GOOD, clip_on=False, label=label)
     above.set(ylabel="loss (nats per token)", title=title)
     above.legend(frameon=False)
     below.plot(steps, metrics["learning-rate"], color=RATE, linewidth=1.8)

@@ -124,19 +124,6 @@ class TrainingRun:
                     "draws no curve, and can neither be saved before its end nor resumed."
                 )
 
-    def _start_elsewhere(self, step: int) -> None:
-        """Go on from the step that train() began with, though it is not start_step."""
-        show_note(
-            f"train() began with step {step}, not with start_step = {self.progress.next_step}: its loop should be "
-            "`for step in range(start_step, num_training_steps)`. The run goes on, but is not trained as planned."
-        )
-        self._bar.close()
-        for log in self._logs:
-            log.close()
-        self._bar = ProgressBar(self.plan, step, enabled=True)
-        self._open_logs(step)
-        self._seconds_before = 0.0
-
     def _open_logs(self, step: int) -> None:
         """Start the main process's files, or keep their rows before this step."""
         self._metrics = self._validation = None
@@ -150,8 +137,12 @@ class TrainingRun:
     def on_step(self, result: StepResult) -> None:
         """Log and show one step, evaluate or save the state if it is due, stop if a signal came."""
         now, progress = time.perf_counter(), self.progress
-        if not self._reported and result.step != progress.next_step and self.world.is_main_process:
-            self._start_elsewhere(result.step)
+        # A student's train() may ignore start_step.
+        require(
+            self._reported or result.step == progress.next_step,
+            f"train() began with step {result.step} instead of start_step = {progress.next_step}: its loop should "
+            "be `for step in range(start_step, num_training_steps)`; fix it, or start over with --fresh",
+        )
         self._reported = True
         progress.next_step = n_steps = result.step + 1
         progress.seconds = self._seconds_before + now - self._started

@@ -1,30 +1,12 @@
 """The bench of a GPU, as far as a CPU can run it."""
 
-import sys
-from pathlib import Path
-
-import pytest
+import bench_gpu
 import torch
 
-import train
 from support.hardware import choose_hardware
 
-REPORT = Path(train.__file__).parent / "report"
 
-
-@pytest.fixture(scope="module")
-def bench_gpu():
-    """report/bench_gpu.py as a module."""
-    sys.path.insert(0, str(REPORT))
-    try:
-        import bench_gpu
-
-        yield bench_gpu
-    finally:
-        sys.path.remove(str(REPORT))
-
-
-def test_bench_of_a_gpu_runs_on_the_cpu(bench_gpu, monkeypatch):
+def test_bench_of_a_gpu_runs_on_the_cpu(monkeypatch):
     """Small enough to see that every contender trains and generates; the numbers mean nothing here."""
     monkeypatch.setattr(bench_gpu, "STEPS", 1)
     monkeypatch.setattr(bench_gpu, "NEW_TOKENS", 2)
@@ -38,7 +20,7 @@ def test_bench_of_a_gpu_runs_on_the_cpu(bench_gpu, monkeypatch):
     assert bench_gpu.bench_generation(2, cpu, 1)["ms per token"] > 0
 
 
-def test_traffic_of_a_product_and_of_views(bench_gpu):
+def test_traffic_of_a_product_and_of_views():
     a, b, c = torch.randn(3, 5), torch.randn(5, 7), torch.randn(7)
     with bench_gpu.Traffic(1e3, 1e9) as traffic:
         product = a @ b

@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import reproduce
 from test_configs import flops
 
 import train
@@ -18,18 +18,6 @@ REPORT = ROOT / "report"
 CONFIGS = sorted((REPORT / "configs").glob("*.yaml"))
 ANSWERS = (REPORT / "answers.tex").read_text(encoding="utf-8")
 RUN_AGAIN = "run python report/reproduce.py all --draw && python report/reproduce.py pdf, and commit"
-
-
-@pytest.fixture(scope="module")
-def reproduce():
-    """report/reproduce.py as a module."""
-    sys.path.insert(0, str(REPORT))
-    try:
-        import reproduce
-
-        yield reproduce
-    finally:
-        sys.path.remove(str(REPORT))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -71,7 +59,7 @@ def test_result_is_of_the_committed_configuration(path):
         assert measured.get(key) == expected.get(key), f"{key}: run python report/reproduce.py QUESTION --fresh"
 
 
-def test_what_is_trained_is_measured_and_replaces_the_result(reproduce, tmp_path, monkeypatch, capsys):
+def test_what_is_trained_is_measured_and_replaces_the_result(tmp_path, monkeypatch, capsys):
     tokens = np.random.default_rng(0).integers(50257, size=400).astype(np.uint16)
     np.savez(tmp_path / "tokens.npz", train=tokens, val=tokens)
     configs, results = tmp_path / "configs", tmp_path / "results"
@@ -111,7 +99,7 @@ def test_what_is_trained_is_measured_and_replaces_the_result(reproduce, tmp_path
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_draw_gives_the_committed_numbers_tables_and_figures(reproduce, tmp_path, monkeypatch):
+def test_draw_gives_the_committed_numbers_tables_and_figures(tmp_path, monkeypatch):
     for folder in ("GENERATED", "FIGURES"):
         (tmp_path / folder).mkdir()
         monkeypatch.setattr(reproduce.tables, folder, tmp_path / folder)
@@ -151,7 +139,7 @@ def test_all_questions_of_the_template_are_answered():
     assert r"\answer{0mm}{}" not in ANSWERS
 
 
-def test_pdf_is_made_from_the_committed_sources(reproduce):
+def test_pdf_is_made_from_the_committed_sources():
     pdf = (REPORT / "answers.pdf").read_bytes()
     assert f"sources {reproduce.sources_digest()}".encode() in pdf, RUN_AGAIN
 
@@ -161,14 +149,14 @@ def test_pdf_is_made_from_the_committed_sources(reproduce):
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_resamples_keep_the_number_of_each_class(reproduce):
+def test_resamples_keep_the_number_of_each_class():
     labels = np.array([0, 1, 1, 0, 1, 1, 1])
     drawn = reproduce.downstream.resamples(labels)
     assert (labels[drawn].sum(axis=1) == 5).all() and drawn.shape == (reproduce.downstream.N_RESAMPLES, 7)
     assert len(np.unique(drawn, axis=0)) > 100
 
 
-def test_constant_classifier_has_no_interval_and_a_rule_does_not_differ_from_itself(reproduce):
+def test_constant_classifier_has_no_interval_and_a_rule_does_not_differ_from_itself():
     labels = np.repeat([0, 1], 50)
     p = np.linspace(0.6, 0.9, 100)  # all positive at 0.5, perfectly ranked
     drawn = reproduce.downstream.resamples(labels)
@@ -179,10 +167,10 @@ def test_constant_classifier_has_no_interval_and_a_rule_does_not_differ_from_its
     assert (median == 1.0).all(), "the median is not computed in each resample"
 
 
-def test_distinct_trigrams(reproduce):
+def test_distinct_trigrams():
     assert reproduce.downstream.distinct_trigrams([1, 2, 3, 4, 5]) == 1.0
     assert reproduce.downstream.distinct_trigrams([1, 2, 3, 1, 2, 3, 1, 2, 3, 1]) == 3 / 8
 
 
-def test_generated_text_is_escaped_for_tex(reproduce):
+def test_generated_text_is_escaped_for_tex():
     assert reproduce.tables.tex(" 50% of {A_1}\n\\\u2028x ") == r"50\% of \{A\_1\} / \textbackslash{}?x"
