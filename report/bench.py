@@ -5,18 +5,18 @@
     LD_PRELOAD=libtcmalloc.so.4 python report/bench.py --json bench.json    # with another allocator
     python report/bench.py --device cuda             # on a GPU: see bench_gpu.py
 
-Three contenders do the same work in float32 on the CPU, each as it comes:
+Three contenders do the same work in float32 on the CPU, each with its defaults:
 
 - this package: DecoderLM, ChunkedLanguageModelingLoss and fused AdamW, as train.py puts them together, with the
   library for float32 products that its commands choose (support/hardware.py);
 - the textbook model below, written as most solutions of the assignment are: all logits, F.cross_entropy,
   masked_fill, nn.Dropout, torch's default AdamW; everything recomputed for each new token;
-- GPT2LMHeadModel of transformers with its own loss, SDPA, key-value cache and torch's default AdamW. It is no
+- GPT2LMHeadModel of transformers with its own loss, SDPA, key-value cache and torch's default AdamW. It is not a
   dependency of this package: its columns say "not installed" until `pip install transformers`.
 
 All have dropout 0.1 in training, the same number of parameters and the same batch.
 
-The contenders take turns in every repetition, so that drift of a shared machine meets them all. Times are
+The contenders take turns in every repetition, so that drift of a shared machine affects all of them. Times are
 medians, ratios are medians of the ratios within each repetition, limits use the best rates measured between
 the repetitions and of either library. Peak memory is that of a whole fresh process that takes two training steps.
 """
@@ -137,7 +137,7 @@ def textbook_score(model: TextbookLM, texts: list[list[int]]) -> torch.Tensor:
 
 
 def transformers_model(config: dict[str, int], **options) -> nn.Module:
-    """GPT-2 as it comes (SDPA, dropout 0.1), with our exact GELU and without a token that ends generation."""
+    """GPT-2 with its defaults (SDPA, dropout 0.1), but our exact GELU and no token that ends generation."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     unlike_gpt2 = {"activation_function": "gelu", "bos_token_id": None, "eos_token_id": None}
@@ -184,12 +184,12 @@ class Trainer:
 
 
 def default_products(contender: str) -> None:
-    """Leave PyTorch's switch for float32 products as it comes, whoever runs."""
+    """Leave PyTorch's switch for float32 products at its default for every contender."""
     torch.set_float32_matmul_precision("highest")
 
 
 def choose_products(contender: str) -> None:
-    """Set PyTorch's switch for float32 products: as our commands do it, or for the others as it comes."""
+    """Set PyTorch's switch for float32 products: as our commands do for ours, the default for the others."""
     default_products(contender)
     if contender == "ours":
         from support.hardware import choose_float32_products
@@ -264,7 +264,7 @@ def block_shapes(n_tokens: int, D: int) -> list[tuple[int, int, int]]:
 
 
 def print_peak_memory(name: str, contender: str) -> None:
-    """MiB; run in a process of its own."""
+    """MiB; run in a separate process."""
     trainer = Trainer(contender, name)
     choose_products(contender)
     trainer(0)

@@ -40,7 +40,7 @@ def ship() -> None:
     """Store the final run's weights as bfloat16 in model.pt, config.yaml beside it, and measure that file."""
     trained = load_trained_model(None, str(OUTPUTS / "2.6-final" / "model.pt"))
     weights = {
-        # scale_factor is no weight: rounded, it would change every attention score.
+        # scale_factor is not a weight: rounded, it would change every attention score.
         key: tensor if key.endswith("scale_factor") else tensor.bfloat16()
         for key, tensor in trained.model.state_dict().items()
     }
@@ -84,7 +84,7 @@ def held_out_loss(trained, tokens: np.ndarray) -> list[float]:
         train.sequential_batch_sampler(array, trained.device, 1, trained.config.seq_len)
         for array in (tokens, document)
     ]
-    for input_ids, document_ids in zip(*batches, strict=True):  # one row each, whose logits are 50 MB
+    for input_ids, document_ids in zip(*batches, strict=True):  # one row each: its logits are 50 MB
         logits = trained.model(input_ids)[0, :-1]  # (S - 1, V)
         losses.append(F.cross_entropy(logits, input_ids[0, 1:], reduction="none"))
         documents.append(document_ids[0, 1:])

@@ -49,7 +49,7 @@ def plot_curves(
 
 
 def plot_histogram(path: Path, p: np.ndarray, labels: np.ndarray, boundaries: dict[str, float]) -> None:
-    """p(positive) of the truly negative and positive reviews, over the range that holds nearly all of them."""
+    """p(positive) of the truly negative and positive reviews, over the range of nearly all of them."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
         low, high = np.quantile(p, [0.005, 0.995])

@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         parts.setdefault(question[0], []).append(question)
     parser = argparse.ArgumentParser(description="Repeat the experiments of report/answers.tex.")
     parser.add_argument("what", choices=sorted(parts), help="a question, a part of the homework, all, or pdf")
-    parser.add_argument("--draw", action="store_true", help="only draw again what report/results holds")
+    parser.add_argument("--draw", action="store_true", help="only draw again from report/results")
     parser.add_argument("--fresh", action="store_true", help="train again what is trained already")
     args = parser.parse_args(argv)
 

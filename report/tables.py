@@ -1,7 +1,7 @@
 """From report/results to the numbers, tables and figures of answers.tex. Nothing here trains or loads a model.
 
 A function per question draws its figures and returns TeX by name: answers.tex shows it with \\result{NAME}. A name
-whose runs are not measured yet is left out; answers.tex asks for it with \\ifresult.
+without measured runs is left out; answers.tex asks for it with \\ifresult.
 """
 
 import json

@@ -1,1 +1,1 @@
-"""What a course hands out beside the assignment: configuration, data, checkpoints, screens."""
+"""What a course hands out with the assignment: configuration, data, checkpoints, screens."""

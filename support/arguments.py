@@ -20,7 +20,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
-# argparse turns the ValueError of a text that is no number into "invalid positive_int value: 'x'".
+# For text that is not a number, argparse turns the ValueError into "invalid positive_int value: 'x'".
 
 
 def positive_int(text: str) -> int:

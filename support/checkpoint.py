@@ -33,7 +33,7 @@ def to_bytes(values: dict) -> memoryview:
 def load_archive(path: Path, least_bytes: float, most_bytes: float, remedy: str = RETRY) -> dict:
     """The dict that torch.save wrote to `path`. No code in the file is run.
 
-    Raises UserError if the file is missing or damaged (the CRCs are compared, which torch.load does not do), holds
+    Raises UserError if the file is missing or damaged (it compares the CRCs, which torch.load does not), contains
     anything but tensors and plain values, or unpacks to a number of bytes outside the two bounds.
     """
     require(path.is_file(), f"{path}: no such checkpoint; train one with python train.py")
@@ -73,7 +73,7 @@ def checkpoint_file(path: str | Path) -> Path:
 
 
 def _read_weights(path: Path, config: ModelConfig, n_vocab: int) -> dict:
-    """The state dict in a checkpoint whose size is right for this configuration in half to double precision."""
+    """The state dict of a checkpoint. Its size has to fit this configuration in half to double precision."""
     n_parameters = config.n_parameters(n_vocab)
     loaded = load_archive(path, 1.9 * n_parameters, 8.1 * n_parameters + 2**20)  # and its index
     return {WRAPPERS.sub("", str(key), count=1): value for key, value in loaded.items()}

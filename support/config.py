@@ -1,4 +1,4 @@
-"""The YAML file of a training run, as a frozen dataclass whose values were checked.
+"""The YAML file of a training run, as a frozen dataclass with checked values.
 
 config = load_config("configs/GPT-tiny.yaml", ["max_lr=1e-3", "model_config.n_embd=64"])
 """
@@ -57,7 +57,7 @@ class TrainingConfig:
     compile: bool = False  # use torch.compile
     checkpoint_interval: int | str | None = None  # steps (500) or seconds (60s); None: under 1% of the time
     eval_interval: int | None = None  # steps between validation losses during training; None: none
-    init: str | None = None  # checkpoint whose weights the run starts from; None: random weights
+    init: str | None = None  # checkpoint to start from; None: random weights
 
     def flat(self) -> dict:
         """All values by key, those of model_config as `model_config.n_embd`."""

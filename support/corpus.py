@@ -64,7 +64,7 @@ def load_corpus(data: str | None, n_vocab: int) -> Corpus:
 
 
 def unigram_entropy(tokens: np.ndarray, n_vocab: int) -> float:
-    """Entropy of the token frequencies in nats: the loss of a guess that knows nothing else.
+    """Entropy of the token frequencies in nats: the loss of a guess that knows only these frequencies.
 
     Of more than 2^24 tokens only that many are counted, which lowers the result by at most V / 2^25 nats.
     """

@@ -1,4 +1,4 @@
-"""Several processes train one model, each on batches of its own: torchrun --nproc_per_node=4 train.py CONFIG
+"""Several processes train one model, each on its own batches: torchrun --nproc_per_node=4 train.py CONFIG
 
 torchrun comes with PyTorch. It starts the processes and numbers them; the number is a process's rank. Only
 rank 0 prints, writes and locks the folder. Without torchrun there is one process, and this module does nothing.
@@ -34,12 +34,12 @@ class World:
     local_rank: int = 0  # its number on this machine
 
     def device(self, requested: str) -> str:
-        """The device of this rank: each has a GPU of its own, or all share the CPU."""
+        """The device of this rank: each has its own GPU, or all share the CPU."""
         if self.size == 1:
             return requested
         known = requested in ("auto", "cuda", "cpu")
         require(known, f"{self.size} processes cannot share device = '{requested}'; use auto, cuda or cpu")
-        if requested == "cpu" or cuda_problem():  # a problem is told where the device is chosen
+        if requested == "cpu" or cuda_problem():  # choose_hardware reports a problem
             return requested.replace("auto", "cpu") if torch.backends.mps.is_available() else requested
         here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         require(here <= gpus, f"{here} processes, but {gpus} GPUs here; start torchrun --nproc_per_node={gpus}")
@@ -158,8 +158,8 @@ def join_world():
             raise reported from error
     # The store lives in rank 0, which must not leave before the others; they wait here while it evaluates.
     dist.barrier(group=at_the_end)
-    # The group's destructor holds Python's lock and waits for gloo's threads, one of which may wait for that very
-    # lock to drop the last tensor. So a reference stays until the process ends.
+    # The group's destructor waits for gloo's threads while it holds Python's lock; a thread that needs the lock to
+    # drop its last tensor would deadlock. A reference that lasts until the process ends prevents that.
     _ENDED.extend([dist.group.WORLD, at_the_end])
     dist.destroy_process_group()  # not after an error: it would wait for the others
 

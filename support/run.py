@@ -218,7 +218,7 @@ class TrainingRun:
         write_results(self.folder, self.plan, self.state.model, result, measured)
         self.state.path.unlink(missing_ok=True)
         for name in (WORKING_METRICS, WORKING_VALIDATION):
-            (self.folder / name).unlink(missing_ok=True)  # after the state, whose rows they hold
+            (self.folder / name).unlink(missing_ok=True)  # after the state, which needs their rows
         self.resume_hint, self.result = "The run is finished and its results are written", result
         show_results(self.folder, self.plan, result, measured)
 

@@ -16,7 +16,7 @@ def errors_explained(run, c: TrainingConfig) -> Iterator[None]:
     except (SystemExit, KeyboardInterrupt):
         print(f"\nStopped. {run.resume_hint}.", flush=True)
         if run.plan.setup.world.size > 1:
-            print("torchrun reports the stop as an error of its own; nothing else is wrong.", flush=True)
+            print("torchrun also reports the stop as an error; nothing else is wrong.", flush=True)
         raise
     except Exception as error:
         common_reason = None  # why all processes stop at once

@@ -92,7 +92,7 @@ class TrainingState:
         return progress
 
     def finished_run_exists(self) -> bool:
-        """Whether the folder holds the results of a finished run.
+        """Whether the folder has the results of a finished run.
 
         Raises UserError if it had another configuration or other data.
         """

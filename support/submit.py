@@ -88,7 +88,7 @@ def check_code(files: dict[str, Path]) -> str:
 
 
 def check_alone(files: dict[str, Path]) -> str:
-    """The four files load and run in a folder that has nothing else but the tests."""
+    """The four files load and run in a folder with only the tests beside them."""
     with tempfile.TemporaryDirectory() as folder:
 
         def run(*arguments: str) -> subprocess.CompletedProcess:

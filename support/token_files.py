@@ -1,8 +1,8 @@
 """Token files: the splits `train` and `val`, 1-D integer arrays, in one .npz or as .npy files in a folder.
 
 An .npz is loaded; a folder is memory-mapped, so its size affects neither the start nor the memory of a run. A text
-is converted once to such a folder, `<name>.tokens` beside the file. The file source.json in it, written last, says
-what it was made of: a changed source or a killed conversion is converted again.
+is converted once to such a folder, `<name>.tokens` beside the file. Its source.json, written last, identifies the
+source: after a change of the source, or a conversion that was killed, the text is converted again.
 """
 
 import json
@@ -28,7 +28,7 @@ def read_tokens(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
     """`train` and `val` of an .npz, a token folder or a text (.jsonl, .jsonl.gz, or any other file as UTF-8).
 
     Of an .npz that has only `val`, train is empty.
-    Raises UserError if the path cannot be read or holds anything but token ids in [0, n_vocab).
+    Raises UserError if the path cannot be read or contains anything but token ids in [0, n_vocab).
     """
     if path.is_dir():
         return _read_folder(path, n_vocab)
@@ -68,7 +68,7 @@ def _read_npz(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             found = archive.files
-            # The CRC of an array is compared while it is read. A member that is no array comes as bytes.
+            # Reading an array checks its CRC. A member that is not an array is read as bytes.
             splits = {key: np.asarray(archive[key]) for key in SPLITS if key in found}
     except Exception as error:  # zipfile, zlib and numpy raise many types; a damaged size is a MemoryError
         raise UserError(f"{path}: damaged .npz file, or too large ({first_line(error)}); {REMEDY}") from None

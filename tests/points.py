@@ -174,7 +174,7 @@ class Tally:
             points = f"{'–' if row['points'] is None else row['points']} / {row['max']}"
             remark = row["output"] if row["points"] is None else ""
             terminalreporter.write_line(line(row["question"], row["part"], row["tests"], points, remark).rstrip())
-            if row["points"] == 0 and row["output"] != shown:  # a file that does not load: told once
+            if row["points"] == 0 and row["output"] != shown:  # a file that does not load is reported once
                 shown = row["output"]
                 terminalreporter.write_line(f"          {_summary(shown)}")
         if any(row["question"] == "2.1" for row in rows):

@@ -1,4 +1,4 @@
-"""Looks at a hand-in without running any of its code, in a process of its own with limits; for grade.py.
+"""Looks at a hand-in without running any of its code, in a separate process with limits; for grade.py.
 
     python examine.py unpack ZIP FOLDER           unpack what is graded, check imports and calls
     python examine.py perplexity FOLDER TOKENS    measure FOLDER/model.pt with the package's own model and loss

@@ -215,8 +215,8 @@ def expected_tests() -> dict[str, tuple[str, str]]:
 def run_tests(folder: Path, controls: dict, expected: dict, refused: set, slot: int | None) -> points.Tally:
     """The outcome of every expected test, with a reason for each failure.
 
-    After an early end the tests go on in a new process without the group, or the file, that ended it. The outcomes
-    of a file count only if its controls failed in the same process.
+    After an early end the tests continue in a new process without the group, or the file, that ended it. The
+    outcomes of a file count only if its controls failed in the same process.
     """
     tally = points.Tally(None)
     tally.group_of = dict(expected)
@@ -348,7 +348,7 @@ def total(result: dict) -> tuple[int, int]:
 
 
 def reasons_of(result: dict) -> list[str]:
-    """The first message of each lost group, with the groups in front; what they share is told once."""
+    """The first message of each lost group, with the groups in front; what they share is printed once."""
     groups, lost = {}, {}  # of each question; of each message
     for row in result["rows"]:
         groups.setdefault(row["question"], []).append(row["part"])
@@ -400,7 +400,7 @@ def fingerprint(paths: list[Path]) -> str:
 
 
 def separate_users(paths: list[Path]) -> bool:
-    """Whether hand-ins can run as users of their own, which needs root; says what they could read."""
+    """Whether hand-ins can run as separate users, which needs root; says what they could read."""
     code = "import os, pytest, sys; print([path for path in sys.argv[1:] if os.access(path, os.R_OK)])"
     command, works = [sys.executable, "-IBc", code, *map(str, paths)], None
     if os.geteuid() == 0:

@@ -3,7 +3,7 @@
     python tests/instructor/gradescope.py autograder.zip --test-tokens test.npz
 
 The zip has no solution. Only with test tokens, which question 2.6 is measured on, it has the model and `evaluate`;
-hand-ins run as a user of their own, who can read neither these nor the results.
+hand-ins run as a separate user, who can read neither these nor the results.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Do the tests tell wrong solutions from right ones?
 
-    python tests/instructor/mutants.py            each wrong solution must fail a test of its own part
+    python tests/instructor/mutants.py            each wrong solution must fail a test of its part
     python tests/instructor/mutants.py --quick    one wrong solution of each family
     python tests/instructor/mutants.py --right    each right solution must get all points
 
@@ -85,7 +85,7 @@ class Watch:
 
 
 def run_tests(sources: dict[str, str], part: str | None) -> Watch:
-    """Run the tests against these modules. For a process of its own: the modules stay imported."""
+    """Run the tests against these modules. Call it in a separate process: the modules stay imported."""
     torch.set_num_threads(1)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
@@ -125,7 +125,7 @@ def run_right(what: str) -> tuple[str, int, str]:
 
 
 def results_of(function, jobs):
-    """Yield function(job) for each job, each in a process of its own, as many at once as there are processors."""
+    """Yield function(job) for each job, each in a separate process, as many at once as there are processors."""
     # Forked processes share one import of torch.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     with multiprocessing.get_context(method).Pool(maxtasksperchild=1) as pool:

@@ -142,7 +142,7 @@ def attention_with_padding(q, kT, v, mask):
 
 
 def query_without_any_key(v):
-    """v (H, S, HD): the values of one row, of whose tokens the first sees no key."""
+    """v (H, S, HD): the values of one row; its first token sees no key."""
     return {
         "all keys at the same lowest score, so softmax averages every value": v.mean(dim=1).flatten(),
         "padding sees itself": v[:, 0].flatten(),

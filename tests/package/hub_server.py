@@ -5,7 +5,7 @@
         … HF_ENDPOINT=hub.url …
 
 Files are served as the real hub serves large ones: `resolve` redirects to another host, with the size and the
-sha256 in headers of its own, and that host answers ranges. Started alone, it serves the files that it is given:
+sha256 in its own headers, and that host answers ranges. Started alone, it serves the files that it is given:
 
     python tests/package/hub_server.py some/repository/a/file.txt=LOCAL_FILE …
 """

@@ -170,7 +170,7 @@ def test_gradients_and_losses_equal_one_process_with_the_joined_batch(tmp_path):
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-6), "the loss shown must be that of all ranks"
     quiet = STEPS * (ACCUMULATION - 1)
     assert two["without exchange"] == quiet, "gradients are exchanged once a step, not for every micro-batch"
-    assert len(set(two["numbers"])) == 2, "each rank needs a random stream of its own"
+    assert len(set(two["numbers"])) == 2, "each rank needs its own random stream"
 
 
 # --- the run ---------------------------------------------------------------------------------------------

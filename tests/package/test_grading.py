@@ -18,7 +18,7 @@ from tiny_run import KEYS, ROOT, TinyRun
 import train
 from model import DecoderLM
 
-N_TOKENS, SEQ_LEN = 95, KEYS["seq_len"]  # 11 rows of 8, and 7 tokens that no row holds
+N_TOKENS, SEQ_LEN = 95, KEYS["seq_len"]  # 11 rows of 8, and 7 tokens that are in no row
 
 
 @pytest.fixture(scope="module")

@@ -162,7 +162,7 @@ CASES = {
         0,
         None,
     ),
-    # what is no proper zip file
+    # not a proper zip file
     "outside": (hand_in() | {"../outside.py": ""}, 0, "a path outside its folder"),
     "bomb": (hand_in(generate="#" * (100 << 20)), 55, "generate.py has more than 1 MiB"),
     "no_zip": (None, 0, "File is not a zip file"),
@@ -223,7 +223,7 @@ def test_points_and_reasons(graded, name):
     assert len(got) == len(points.GROUPS) and sum(got.values()) == expected, section
     if reason:
         assert reason in section, section
-        assert ".py, line" not in reason or section.count(reason) == 1, f"told more than once: {section}"
+        assert ".py, line" not in reason or section.count(reason) == 1, f"reported more than once: {section}"
 
 
 def test_the_table_has_all_hand_ins(graded):
@@ -236,7 +236,7 @@ def test_the_table_has_all_hand_ins(graded):
 def test_nothing_is_left_behind(graded):
     folder, _ = graded
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.name != "self"]
-    assert not [command for command in commands if NAP.encode() in command.split(b"\0")], "a process goes on"
+    assert not [command for command in commands if NAP.encode() in command.split(b"\0")], "a process still runs"
     assert not list(folder.rglob("outside.py"))
 
 

@@ -65,7 +65,7 @@ def hub(monkeypatch, data):
 
 @pytest.fixture
 def environment(tmp_path, hub):
-    """The environment for a process of its own that asks this hub."""
+    """The environment of a separate process that asks this hub."""
     changed = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
     return {**os.environ, **changed}
 

@@ -1,4 +1,4 @@
-"""A run that is interrupted, however and wherever, goes on and ends in the same bits."""
+"""A run that is interrupted, however and wherever, resumes and ends with the same bits."""
 
 import os
 import random
@@ -169,7 +169,7 @@ def test_a_run_stopped_while_its_curve_is_drawn_keeps_its_metrics(tmp_path, monk
     assert tiny.main() == 0 and tiny.results() == uninterrupted
 
 
-# --- what may go on, and what may not --------------------------------------------------------------------
+# --- what may resume, and what may not --------------------------------------------------------------------
 
 
 def test_another_configuration_or_other_data_is_refused(tmp_path, monkeypatch, capsys, uninterrupted):
@@ -186,7 +186,7 @@ def test_another_configuration_or_other_data_is_refused(tmp_path, monkeypatch, c
     assert "data" in error and "other.npz" in error and "tokens.npz" in error
     assert tiny.state.read_bytes() == state, "a refusal changes nothing"
     tiny.tokens.rename(tmp_path / "moved.npz")
-    assert tiny.main("--data", str(tmp_path / "moved.npz")) == 0, "the same tokens under another name go on"
+    assert tiny.main("--data", str(tmp_path / "moved.npz")) == 0, "the same tokens under another name resume"
     assert tiny.results() == uninterrupted
 
 

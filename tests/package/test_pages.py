@@ -1,4 +1,4 @@
-"""The commands that the README and the student's page show, typed as they stand there."""
+"""The commands that the README and the student's page show, typed as they are printed there."""
 
 import os
 import re

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 pytest_plugins = ["pytester"]
-pytestmark = pytest.mark.soak  # each starts a pytest of its own
+pytestmark = pytest.mark.soak  # each starts its own pytest
 
 EMBED = """
 import pytest

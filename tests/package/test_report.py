@@ -1,4 +1,4 @@
-"""The report: the answers show what report/results holds, and the statistics are right."""
+"""The report: the answers show the numbers of report/results, and the statistics are right."""
 
 import dataclasses
 import json

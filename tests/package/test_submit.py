@@ -87,7 +87,7 @@ FAULTS = {
     "too much training": (edit("config.yaml", "num_training_steps: 6", "num_training_steps: 6000000000"), "more than the 1e17 allowed"),
     "no answers": (lambda root: (root / "report" / "answers.pdf").unlink(), "the PDF of your answers is missing"),
     "two PDFs": (put("notes.pdf", b"%PDF-"), "several PDFs"),
-    "answers that are no PDF": (put("report/answers.pdf", b"hello"), "is not a PDF"),
+    "answers that are not a PDF": (put("report/answers.pdf", b"hello"), "is not a PDF"),
 }
 # fmt: on
 

@@ -30,7 +30,7 @@ KEYS = {
 
 
 class TinyRun:
-    """Its configuration and token file, in a folder of their own beside the output folder."""
+    """Its configuration and token file, in a separate folder beside the output folder."""
 
     def __init__(self, folder: Path, **keys):
         folder.mkdir(exist_ok=True)
