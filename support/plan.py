@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from support.corpus import unigram_entropy
 from support.hardware import matrix_product_rate
-from support.screen import count, duration, heading, show_facts, show_note
+from support.screen import count, duration, show_facts, show_note
 from support.setup import Setup
 from train import StepResult, training_flops
 
@@ -57,7 +57,6 @@ class TrainingPlan:
 def show_plan(plan: TrainingPlan) -> None:
     """Print what will be trained, on what, and what it costs."""
     setup, corpus, c = plan.setup, plan.setup.corpus, plan.setup.config
-    heading(f"train {c.output_dir}")
     if corpus.note:
         show_note(corpus.note)
     n_tokens = setup.tokens_per_step * c.num_training_steps

@@ -115,7 +115,6 @@ def show_evaluation(
     c = setup.config
     load_weights(model, checkpoint, c.model_config)
     n_predictions = f"{setup.corpus.n_predictions(c.seq_len):,} predicted tokens in rows of seq_len {c.seq_len}"
-    heading("evaluate")
     show_facts(
         {
             "model": str(checkpoint_file(checkpoint)),

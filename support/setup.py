@@ -15,7 +15,7 @@ from support.corpus import Corpus, load_corpus
 from support.distribution import World, join_world
 from support.errors import exit_on_user_error, out_of_memory_means
 from support.hardware import Hardware, batches_on, choose_hardware
-from support.screen import count
+from support.screen import count, heading
 from support.tokenizer import get_tokenizer
 
 
@@ -75,6 +75,7 @@ def open_setup(args: Namespace) -> Iterator[Setup]:
     """
     with exit_on_user_error(), join_world() as world:
         config = load_config(args.config, args.set, data=args.data, init=args.init)
+        heading("evaluate" if args.evaluate else f"train {config.output_dir}")  # before what takes seconds
         hardware = choose_hardware(world.device(config.device))
         tokenizer = get_tokenizer(config.tokenizer_encoding)
         with world.main_process_first():  # it downloads or tokenises; the others find the result
