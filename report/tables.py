@@ -19,7 +19,7 @@ from support.tokenizer import get_tokenizer
 REPORT = Path(__file__).resolve().parent
 CONFIGS, RESULTS, GENERATED, FIGURES = (REPORT / name for name in ("configs", "results", "generated", "figures"))
 OUTPUTS = Path("outputs/report")  # as in the configurations, from the root
-SCHEDULES = {"2.5-d128-l6": "cosine", "2.2-constant": "constant"}
+SCHEDULES = {"2.5-d64-l8-lr8e-3": "cosine", "2.2-constant": "constant"}
 
 
 def settings(question: str) -> list[str]:
@@ -96,8 +96,9 @@ def schedules() -> dict[str, str]:
     if not rows:
         return {}
     header = ["rate", "seed", "training loss, last tenth", "validation loss", "perplexity"]
-    run = result("2.5-d128-l6")
+    run = result(next(iter(SCHEDULES)))
     values = {"2.2-flops": power_of_ten(run["flops"]), "2.2-rate": f"{run['config']['max_lr']:g}"}
+    values["2.2-shape"] = "{n_embd} × {n_layer}".format(**run["config"]["model_config"])
     return values | {"2.2-table": table(header, rows), "2.2-gap": " and ".join(gaps)}
 
 
