@@ -1,6 +1,18 @@
-"""Puts report/ on the path: its scripts import each other as modules, and so do their tests."""
+"""Shared setup of the package's tests."""
 
+import signal
 import sys
 from pathlib import Path
 
+import pytest
+
+# The scripts of report/ import each other as modules, and so do their tests.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "report"))
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Let Ctrl-C reach the tests also if a shell started them in the background, ignoring it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)

@@ -23,14 +23,6 @@ def quick(monkeypatch):
     leave_out_what_is_slow(monkeypatch)
 
 
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Let Ctrl-C reach these tests also where a shell started them in its background, ignoring it."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, former)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     tiny = TinyRun(tmp_path_factory.mktemp("reference"))
