@@ -21,7 +21,7 @@ from model import DecoderLM
 
 YELP_TEMPLATE = "Here is a review from Yelp: {text}\nOverall, the place was"
 YELP_LABEL_MAP = {0: " bad", 1: " good"}
-TEXTS_PER_SLICE = 1000  # scored by main at a time: their N x V logits take 200 MB
+TEXTS_PER_SLICE = 1000  # main scores this many at a time; their logits take 200 MB
 
 
 def score(
@@ -48,7 +48,7 @@ def score(
 
 
 def p_positive(logits: torch.Tensor, tokens_of_interest: list[int]) -> torch.Tensor:
-    """The softmax over the two tokens [negative id, positive id], its second value: (N, V) -> (N,)."""
+    """The share of the positive token in a softmax over [negative id, positive id]: (N, V) -> (N,)."""
     return F.softmax(logits[:, tokens_of_interest], dim=-1)[:, 1]
 
 
@@ -56,8 +56,8 @@ def decision_boundary(p: torch.Tensor, calibrate: bool) -> float:
     """The value that p(positive) must exceed: 0.5 or, calibrated, the median of all p (N,) (question 3.6).
 
     A model that favours " good" does so for all texts alike. If about half of the texts are positive, the
-    median separates the two halves, and needs no labels. torch.median is the lower middle value: without
-    ties, half of an even number of texts are positive.
+    median separates the two halves, and needs no labels. torch.median takes the lower of two middle values: of
+    an even number of texts without ties, exactly half are then called positive.
     """
     return p.median().item() if calibrate else 0.5
 

@@ -41,7 +41,7 @@ def keep_likely(probs: torch.Tensor, top_k: int | None = None, top_p: float | No
     2020, "The Curious Case of Neural Text Degeneration"). With both, a token has to pass both.
     """
     ordered, tokens = probs.sort(dim=-1, descending=True)
-    if top_p is not None and top_p < 1:  # rounding lets the cumulative sum exceed 1
+    if top_p is not None and top_p < 1:  # at 1, a rounded sum would drop the last tokens
         mass_before = ordered.cumsum(dim=-1) - ordered
         ordered = ordered.masked_fill(mass_before >= top_p, 0.0)
     if top_k is not None:
@@ -95,7 +95,7 @@ def inference(model: torch.nn.Module):
 def last_token_logits(model: DecoderLM, hidden: torch.Tensor) -> torch.Tensor:
     """Return `model.token_logits(hidden)[:, -1]` without the other logits: (B, S, D) -> (B, V).
 
-    On a CPU, the embeddings as left factor and two or more columns make it two to three times as fast.
+    On a CPU, the embeddings as left factor and two or more columns make it up to three times as fast.
     """
     last = hidden[:, -1]  # (B, D)
     columns = last.T if len(last) > 1 else last.repeat(2, 1).T
@@ -176,7 +176,7 @@ def generate(
 
 def main(argv: list[str] | None = None) -> None:
     """Continue the prefixes of a file, print the texts and write generation.jsonl beside the checkpoint."""
-    from support.arguments import ArgumentParser, positive_int, probability_mass, temperature
+    from support.arguments import ArgumentParser, positive_int, probability_mass, seed, temperature
     from support.checkpoint import load_trained_model
     from support.errors import exit_on_user_error
     from support.generation import read_prefixes, report_texts, show_generation_header
@@ -184,14 +184,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description="Continue prompts with a trained language model.")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prefixes", metavar="FILE", help="JSON list or JSON lines (default: prefixs.json)")
-    prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to continue, in place of a file")
+    prompts.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="texts to continue")
     parser.add_argument("--config", help="training YAML of the model; it is then <output_dir>/model.pt")
     parser.add_argument("--checkpoint", help="model.pt to use (default: the newest in outputs/)")
     parser.add_argument("--max_new_tokens", type=positive_int, default=32, metavar="N", help="(default: 32)")
     parser.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="0 = greedy (default)")
     parser.add_argument("--top_k", type=positive_int, metavar="K", help="sample from the K likeliest tokens only")
     parser.add_argument("--top_p", type=probability_mass, metavar="P", help="sample from the likeliest of mass P")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--num_samples", type=positive_int, default=1, metavar="N", help="per prefix (default: 1)")
     parser.add_argument("--batch_size", type=positive_int, default=8, metavar="B", help="at once (default: 8)")
     parser.add_argument("--device", default="auto", help="auto (default), cuda, mps or cpu, as in the YAML")

@@ -43,7 +43,7 @@ class MultiHeadAttention(nn.Module):
         self.v_attn = nn.Linear(n_embd, n_embd)
         self.proj = nn.Linear(n_embd, n_embd)
         self.dropout = nn.Dropout(p_dropout)
-        # A dot product of HD pairs of unit variance has standard deviation sqrt(HD): softmax would saturate.
+        # Scores of unit-variance q and k have standard deviation sqrt(HD): without this, softmax would saturate.
         self.register_buffer("scale_factor", torch.tensor(1.0 / math.sqrt(n_embd // n_head)))
 
     def q_kT_v(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -70,7 +70,7 @@ class MultiHeadAttention(nn.Module):
         attention_mask (B, S_k): 1.0 = real token, 0.0 = padding. A query that can see no key gets exactly 0.
         """
         S_q, S_k = q.shape[-2], kT.shape[-1]
-        scores = (q * self.scale_factor) @ kT  # (B, H, S_q, S_k); scaling q is cheaper
+        scores = (q * self.scale_factor) @ kT  # (B, H, S_q, S_k); cheaper than scaling the scores
 
         visible = torch.ones(S_q, S_k, dtype=torch.bool, device=q.device).tril(S_k - S_q)
         if attention_mask is not None:
@@ -153,7 +153,7 @@ class DecoderLM(nn.Module):
     def _init_weights(self) -> None:
         """Draw weights from N(0, 0.02) and set biases to 0, as in GPT (Radford et al. 2018, section 4.1).
 
-        Each block adds to the residual stream twice, so the stream's variance grows with 2 n_layer terms.
+        Each block adds to the residual stream twice, so the stream's variance is a sum of 2 n_layer terms.
         The projections that write to it therefore start smaller by the square root of that number
         (Radford et al. 2019, section 2.3).
         """
@@ -170,7 +170,7 @@ class DecoderLM(nn.Module):
         """Training FLOPs per token, counting a multiply-add as two.
 
         6 per parameter for forward and backward (Kaplan et al. 2020, "Scaling Laws for Neural Language
-        Models"; they leave out embeddings, but tied ones are the output matrix and count), plus
+        Models"; they leave out embeddings, but tied ones are also the output matrix, so they count), plus
         12 n_layer n_embd n_positions for q kT and weights v (Chowdhery et al. 2022, "PaLM", appendix B).
         """
         n_parameters = sum(parameter.numel() for parameter in self.parameters())

@@ -187,7 +187,7 @@ def evaluate(
     """Return the mean loss over all predicted tokens (nats per token) and its perplexity, exp(loss).
 
     Batches may differ in size: each is weighted by its number of predictions. loss_fn is as in `train`.
-    Every module's mode is restored. Raises ValueError if there is no batch.
+    Every module's mode is restored. Raises ValueError if there is nothing to predict.
     """
     loss_fn = loss_fn or partial(plain_loss, model)
     total_loss, n_predictions = 0.0, 0
@@ -205,7 +205,7 @@ def evaluate(
         for module in training_modules:
             module.training = True
     if n_predictions == 0:
-        raise ValueError("no batch to evaluate: the corpus has no full row of seq_len tokens")
+        raise ValueError("nothing to evaluate: no row of two or more tokens")
     val_loss = total_loss / n_predictions
     return {"val-loss": val_loss, "val-perplexity": float(np.exp(val_loss))}
 
@@ -224,7 +224,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description="Train the language model from a YAML file.")
     parser.add_argument("config", help="YAML file, such as configs/GPT-tiny.yaml")
     parser.add_argument("--data", help="tokens, a text or jsonl file, 'c4' or 'sample' (overrides the key data)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the YAML")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys")
     parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
     parser.add_argument("--dry_run", action="store_true", help="show what training would cost, then exit")
     checkpoint = parser.add_mutually_exclusive_group()
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train, evaluate and save the model of a configuration; see the module's docstring."""
     from generate import generate
     from support.chunked_loss import loss_module
-    from support.results import show_evaluation
+    from support.results import show_evaluation, show_sample
     from support.run import open_run
     from support.setup import open_setup
 
@@ -262,8 +262,8 @@ def main(argv: list[str] | None = None) -> None:
         optimizer = torch.optim.AdamW(
             model.parameters(), betas=(0.9, 0.95), weight_decay=c.weight_decay, fused=setup.hardware.fused
         )
-        distributed_loss_fn = setup.distribute(loss_fn)
-        with open_run(setup, model, optimizer, validate, args.fresh, args.dry_run) as run:
+        distributed_loss_fn = setup.world.distribute(loss_fn, c, setup.autocast)
+        with open_run(setup, model, optimizer, validate, fresh=args.fresh, dry_run=args.dry_run) as run:
             train(
                 model,
                 train_batches,
@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
             )
             if run.writes_results:  # the main process, unless in a dry run
                 run.finish()
-                run.show_sample(lambda prompt: generate(model, device, tokenizer, [prompt], 1, temperature=0.7)[0])
+                show_sample(run, lambda text: generate(model, device, tokenizer, [text], 1, temperature=0.7)[0])
 
 
 if __name__ == "__main__":

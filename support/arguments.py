@@ -30,6 +30,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """A whole number from 0 to 2^63 - 1."""
+    if not 0 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text}: give 0 to 2^63 - 1")
+    return int(text)
+
+
 def temperature(text: str) -> float:
     """A finite number of 0 or more."""
     if not 0 <= float(text) < math.inf:

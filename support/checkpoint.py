@@ -97,8 +97,8 @@ def _fill(model: DecoderLM, state: dict, path: str | Path, config: ModelConfig) 
     except (RuntimeError, LookupError, AttributeError, ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"{path}: not a checkpoint of this model ({first_line(error)}); {RETRY}") from None
     for name, parameter in model.named_parameters():
-        finite = bool(parameter.isfinite().all())
-        require(finite, f"{path}: '{name}' has values that are not finite; the run diverged, use another one")
+        problem = f"{path}: '{name}' has values that are not finite: the run diverged; use another checkpoint"
+        require(bool(parameter.isfinite().all()), problem)
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,10 @@ def load_trained_model(config_path: str | None, checkpoint: str | None, device: 
     """
     path, how_found = find_checkpoint(config_path, checkpoint)
     require(path.is_file(), f"{path}: no such checkpoint; train one with python train.py")
-    config = load_config(config_path or str(path.parent / "config.yaml"))
+    beside = path.parent / "config.yaml"
+    configured = bool(config_path) or beside.is_file()
+    require(configured, f"{path}: no config.yaml beside it; name the model's YAML with --config")
+    config = load_config(config_path or str(beside))
     hardware = choose_hardware(device)
     tokenizer = get_tokenizer(config.tokenizer_encoding)
     # The file is read first: a configuration that is far too large for it never becomes a model in memory.

@@ -145,8 +145,6 @@ def _convert(value, hint, path: str, key: str):
     types = typing.get_args(hint) or (hint,)  # (X, NoneType) for X | None
     if hint is ModelConfig and isinstance(value, dict):
         return _build(ModelConfig, value, path, f"{key}.")
-    if type(value) in types and type(value) not in (int, float):
-        return value
     if type(value) in (int, float, str) and (int in types or float in types):
         with suppress(ValueError, OverflowError):
             number = float(value)  # of a string too, because PyYAML reads `1e-4`, without a point, as one
@@ -154,6 +152,8 @@ def _convert(value, hint, path: str, key: str):
                 return int(number)
             if float in types and math.isfinite(number):
                 return number
+    if type(value) in types and type(value) not in (int, float):
+        return value
     shortened = reprlib.repr(value)  # YAML aliases can make it astronomically long
     raise UserError(f"{path}: {key} = {shortened} must be {EXPECTED.get(types[0], 'a mapping')}")
 

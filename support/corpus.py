@@ -26,7 +26,7 @@ class Corpus:
     val: np.ndarray
     note: str | None = None  # what the reader of the results must know; printed loudly
 
-    def require_rows(self, seq_len: int, splits: tuple[str, ...] = ("train", "val")) -> None:
+    def require_rows(self, seq_len: int, splits: tuple[str, ...]) -> None:
         """Raise UserError unless each of the splits has at least one row of seq_len tokens."""
         for split in splits:
             n_tokens = len(getattr(self, split))
@@ -66,7 +66,7 @@ def load_corpus(data: str | None, n_vocab: int) -> Corpus:
 def unigram_entropy(tokens: np.ndarray, n_vocab: int) -> float:
     """Entropy of the token frequencies in nats: the loss of a guess that knows only these frequencies.
 
-    Of more than 2^24 tokens only that many are counted, which lowers the result by at most V / 2^25 nats.
+    Of more than 2^24 tokens only that many are counted, which lowers the result by about V / 2^25 nats.
     """
     counts = np.zeros(n_vocab, dtype=np.int64)
     for part in evenly_spaced(tokens):

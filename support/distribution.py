@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from support.config import TrainingConfig
 from support.errors import RunStopped, UserError, require
 from support.hardware import cuda_problem
 
@@ -33,7 +34,7 @@ class World:
     size: int = 1
     local_rank: int = 0  # its number on this machine
 
-    def device(self, requested: str) -> str:
+    def device_of_rank(self, requested: str) -> str:
         """The device of this rank: each has its own GPU, or all share the CPU."""
         if self.size == 1:
             return requested
@@ -52,12 +53,7 @@ class World:
         return self.rank == 0
 
     def distribute(
-        self,
-        loss_fn: torch.nn.Module,
-        grad_accumulation_steps: int,
-        batch_shape: tuple[int, int],
-        autocast: AbstractContextManager,
-        seed: int,
+        self, loss_fn: torch.nn.Module, c: TrainingConfig, autocast: AbstractContextManager
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """The loss averaged over all processes, with averaged gradients; alone, loss_fn itself.
 
@@ -65,8 +61,8 @@ class World:
         """
         if self.size == 1:
             return loss_fn
-        loss_fn = DistributedLoss(loss_fn, grad_accumulation_steps, batch_shape, autocast)
-        torch.manual_seed(int(np.random.SeedSequence((seed, self.rank)).generate_state(1)[0]))
+        loss_fn = DistributedLoss(loss_fn, c.grad_accumulation_steps, (c.batch_size, c.seq_len), autocast)
+        torch.manual_seed(int(np.random.SeedSequence((c.seed, self.rank)).generate_state(1)[0]))
         return loss_fn
 
     def maximum(self, *values: int) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Errors that the user can fix: one sentence and an exit status instead of a traceback."""
 
+import errno
 import re
 import sys
 from contextlib import contextmanager
@@ -57,8 +58,9 @@ def as_user_error(
     if is_out_of_memory(error):
         return RunStopped(f"out of memory{memory_remedy} ({first_line(error)})")
     if isinstance(error, OSError):
+        remedy = "free some disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "fix that"
         problem = f"{error.filename or 'a file'}: {error.strerror or first_line(error)}"
-        return RunStopped(f"{problem}; free some disk space or fix the file, then retry")
+        return RunStopped(f"{problem}; {remedy}, then retry")
     return None
 
 

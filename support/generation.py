@@ -23,7 +23,7 @@ def read_prefixes(path: str | None) -> list[str]:
             entries = [(f"{path}, entry {n}", entry) for n, entry in enumerate(json.loads(text), start=1)]
         else:
             entries = []
-            for n, line in enumerate(text.splitlines(), start=1):
+            for n, line in enumerate(text.split("\n"), start=1):  # splitlines() also splits inside strings
                 where = f"{path}, line {n}"
                 if line.strip():
                     entries.append((where, json.loads(line)))

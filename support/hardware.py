@@ -103,7 +103,7 @@ def _has_kernels(capability: tuple[int, int], architectures: list[str]) -> bool:
     """Whether code compiled for these architectures, such as sm_86 or compute_90, runs on a GPU.
 
     Machine code (sm) runs on GPUs of the same major version, from its minor version on. PTX (compute) is compiled
-    for any newer GPU by the driver. Names of another kind, those of AMD GPUs, tell nothing here.
+    for any newer GPU by the driver. Other names, such as those of AMD GPUs, are ignored.
     """
     found = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", name) for name in architectures]
     built = [(match[1], (int(match[2]), int(match[3]))) for match in found if match]
@@ -113,7 +113,7 @@ def _has_kernels(capability: tuple[int, int], architectures: list[str]) -> bool:
 
 
 def batches_on(device: torch.device, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Batches of the CPU, on the device. Copies to a CUDA GPU do not wait until its earlier work is done."""
+    """Move batches from the CPU to the device. Copies to a CUDA GPU do not wait until its earlier work is done."""
     for batch in batches:
         if device.type == "cuda":
             batch = batch.pin_memory()

@@ -57,11 +57,9 @@ def _download(repo: str, filename: str, target: Path) -> None:
 
 def reason(error: Exception) -> str:
     """An error of the Hub's client in a few words."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
     if isinstance(error, Unavailable):
         return str(error)
-    if isinstance(error, OfflineModeIsEnabled):
+    if type(error).__name__ == "OfflineModeIsEnabled":
         return "HF_HUB_OFFLINE is set"
     status = getattr(getattr(error, "response", None), "status_code", None)
     return f"the Hub answers HTTP {status}" if status else f"{type(error).__name__}: {first_line(error)}"

@@ -1,4 +1,7 @@
-"""metrics.csv: one row per training step; validation.csv: one per validation loss."""
+"""metrics.csv: one row per training step; validation.csv: one per validation loss.
+
+While a run is unfinished, they are called metrics.partial.csv and validation.partial.csv (run_folder.py).
+"""
 
 import os
 from contextlib import suppress
@@ -13,7 +16,7 @@ VALIDATION_COLUMNS = ("step", "val-loss")
 
 
 class MetricsLog:
-    """Such a file of one run. Each row is written at once; while the disk is full, rows wait in memory."""
+    """One of these files. Each row is written at once; while the disk is full, rows wait in memory."""
 
     def __init__(self, path: Path, n_rows: int = 0, columns: tuple[str, ...] = COLUMNS):
         """Start the file, or keep its first n_rows rows if a run is resumed. May raise OSError."""

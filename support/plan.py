@@ -25,9 +25,8 @@ class TrainingPlan:
         c = setup.config
         self.setup, self.n_vocab = setup, model.n_vocab
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.flops_per_step = training_flops(
-            model, 1, c.grad_accumulation_steps, setup.global_batch_size, c.seq_len
-        )
+        batch_size = c.batch_size * setup.world.size
+        self.flops_per_step = training_flops(model, 1, c.grad_accumulation_steps, batch_size, c.seq_len)
         self.flops = c.num_training_steps * self.flops_per_step
         self.ln_vocab = math.log(model.n_vocab)
 
@@ -87,7 +86,7 @@ class ProgressBar:
     """A bar on a terminal; elsewhere about twenty lines in all. Shows nothing if disabled."""
 
     def __init__(self, plan: TrainingPlan, start_step: int, enabled: bool):
-        self.plan, self.enabled, self.start_step = plan, enabled, start_step
+        self.plan, self.start_step = plan, start_step
         self.total = plan.setup.config.num_training_steps
         self.bar = tqdm(
             total=self.total,
@@ -109,7 +108,7 @@ class ProgressBar:
         if not self.bar.disable:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update()
-        elif self.enabled and (done % math.ceil(self.total / 20) == 0 or done == self.total):
+        elif done % math.ceil(self.total / 20) == 0 or done == self.total:
             left = duration((self.total - done) * seconds_per_step)
             print(f"step {done}/{self.total}  {text}  {left} left", flush=True)
 

@@ -24,12 +24,13 @@ SAMPLE_PROMPT = "The city"
 def measurements(plan: TrainingPlan, seconds: float) -> dict:
     """What goes into run.json about a run that has trained for `seconds`."""
     hardware = plan.setup.hardware
+    peak_memory = peak_memory_mib(hardware.device)  # before the matrix products below
     return {
         "seconds": seconds,
         "tokens-per-second": plan.setup.tokens_per_step * plan.setup.config.num_training_steps / seconds,
         "tflops": plan.flops / seconds / 1e12,
         "matrix-product-tflops": plan.peak_flops_per_second / 1e12,
-        "peak-memory-mib": peak_memory_mib(hardware.device),
+        "peak-memory-mib": peak_memory,
         "flops": plan.flops,
         "device": hardware.name,
         "dtype": str(hardware.dtype),
@@ -41,7 +42,7 @@ def measurements(plan: TrainingPlan, seconds: float) -> dict:
 def write_results(
     folder: Path, plan: TrainingPlan, model: torch.nn.Module, result: dict[str, float], measured: dict
 ) -> None:
-    """Write model.pt, config.yaml, eval.json, run.json, metrics.csv and curve.png.
+    """Write the RESULTS of run_folder.py, and validation.csv if the run has an eval_interval.
 
     `result` comes from `evaluate`. May raise OSError; the former results are then unchanged.
     """
@@ -98,8 +99,9 @@ def _meaning(plan: TrainingPlan, val_loss: float) -> str:
     return text
 
 
-def show_sample(checkpoint: Path, generate: Callable[[str], str]) -> None:
-    """Print a prompt with its continuation `generate(prompt)`, and the next commands to type."""
+def show_sample(run, generate: Callable[[str], str]) -> None:
+    """Print a prompt with its continuation `generate(prompt)`, and the next commands to type for a TrainingRun."""
+    checkpoint = run.folder / "model.pt"
     try:
         show_text(SAMPLE_PROMPT, generate(SAMPLE_PROMPT))
     except Exception as error:  # generate() may be unfinished: no reason to fail after hours of training

@@ -27,7 +27,7 @@ class Reviews:
     name: str
     texts: list[str]
     labels: list[int]
-    n_read: int  # reviews tried in order to find these, which fit
+    n_read: int  # reviews tried until these were found
     note: str | None = None  # what the reader of the results must know; printed loudly
 
 
@@ -51,6 +51,7 @@ def load_reviews(
         name, reviews = "bundled sample of product reviews", list(_read_file(DATA / "reviews.jsonl"))
     elif data not in (None, "yelp"):
         name, reviews = data, list(_read_file(Path(data)))
+    require(bool(reviews), f"{name}: contains no review; add some or give another file")
     random.Random(seed).shuffle(reviews)
     fitting = (n for n, review in enumerate(reviews) if fits(review[0]))
     indices = list(islice(fitting, limit))
@@ -78,7 +79,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, int]]:
     require(path.is_file(), f"{path}: no such file; give a .csv or .jsonl with text and label")
     require(is_jsonl or path.suffix == ".csv", f"{path}: neither .csv nor .jsonl; convert it")
     for line, record in read_jsonl(path) if is_jsonl else _read_csv(path):
-        text, label = record["text"], str(record.get("label")).strip()
+        text, label = record["text"] or "", str(record.get("label")).strip()
         require(label in ("0", "1"), f"{path}, line {line}: the label is {label}; it must be 0 or 1")
         require(bool(text.strip()), f"{path}, line {line}: the text is empty; add it or remove the line")
         yield text, int(label)

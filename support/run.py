@@ -14,7 +14,7 @@ from support.dry_run import DryRun
 from support.errors import require
 from support.metrics import VALIDATION_COLUMNS, MetricsLog
 from support.plan import ProgressBar, TrainingPlan, show_plan
-from support.results import measurements, show_results, show_sample, write_results
+from support.results import measurements, show_results, write_results
 from support.run_errors import errors_explained
 from support.run_folder import STATE, WORKING_METRICS, WORKING_VALIDATION, locked_folder
 from support.screen import show_note
@@ -100,7 +100,7 @@ class TrainingRun:
         self._open_logs(progress.next_step)
         self._bar = ProgressBar(plan, progress.next_step, enabled=is_main)
         self._seconds_before = progress.seconds
-        self._save_seconds = 0.0  # the latest save took
+        self._save_seconds = 0.0  # duration of the latest save
         self._n_updates, self._reported = 0, False  # does train() report its steps?
         self._hook = state.optimizer.register_step_pre_hook(self._before_update)
         self._started = self._last_save = time.perf_counter()
@@ -158,7 +158,7 @@ class TrainingRun:
             self._log_validation(result.step, self.validate()["val-loss"])
             self._started += time.perf_counter() - started  # not a part of the training's time
         # A signal to one process stops all of them after the same step.
-        due = self.world.is_main_process and self._save_is_due(n_steps)  # it knows how long saving takes
+        due = self.world.is_main_process and self._save_is_due(n_steps)  # only it knows how long saving takes
         stop, due = self.world.maximum(self.signals.number, due)
         if stop or last or due:
             self._save()
@@ -221,7 +221,3 @@ class TrainingRun:
             (self.folder / name).unlink(missing_ok=True)  # after the state, which needs their rows
         self.resume_hint, self.result = "The run is finished and its results are written", result
         show_results(self.folder, self.plan, result, measured)
-
-    def show_sample(self, generate: Callable[[str], str]) -> None:
-        """Print a prompt with its continuation `generate(prompt)`, and the next commands to type."""
-        show_sample(self.folder / "model.pt", generate)

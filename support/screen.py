@@ -40,7 +40,7 @@ def show_text(prompt: str, continuation: str) -> None:
 def count(number: float, unit: str) -> str:
     """A large number with three digits and its unit: 1.64 M tokens."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= factor:
+        if number >= 0.9995 * factor:  # three digits would round up to it
             return f"{number / factor:.3g} {prefix} {unit}"
     return f"{number:.3g} {unit}"
 

@@ -2,7 +2,7 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -40,31 +40,20 @@ class Setup:
         return self.hardware.autocast()
 
     @property
-    def global_batch_size(self) -> int:
-        """Sequences per micro-batch of all processes together."""
-        return self.config.batch_size * self.world.size
-
-    @property
     def tokens_per_step(self) -> int:
         """Tokens that all processes train on in one step."""
-        return self.global_batch_size * self.config.seq_len * self.config.grad_accumulation_steps
+        c = self.config
+        return c.batch_size * c.seq_len * c.grad_accumulation_steps * self.world.size
 
     def on_device(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """The batches, sampled on the CPU, on the device."""
+        """The batches of the CPU, moved to the device."""
         return batches_on(self.device, batches)
 
     def with_bar(self, batches: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
         """The validation batches, with a progress bar on a terminal."""
-        n_batches = math.ceil(len(self.corpus.val) // self.config.seq_len / self.config.batch_size)
-        disable = None if self.world.is_main_process else True  # None: where there is no terminal
-        return tqdm(batches, "evaluating", n_batches, False, unit="batch", dynamic_ncols=True, disable=disable)
-
-    def distribute(self, loss_fn: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The loss to train with: averaged over all processes if there are several, else loss_fn itself."""
-        c = self.config
-        return self.world.distribute(
-            loss_fn, c.grad_accumulation_steps, (c.batch_size, c.seq_len), self.autocast, c.seed
-        )
+        total = math.ceil(len(self.corpus.val) // self.config.seq_len / self.config.batch_size)
+        disable = None if self.world.is_main_process else True  # None disables it where there is no terminal
+        return tqdm(batches, "evaluating", total, leave=False, unit="batch", dynamic_ncols=True, disable=disable)
 
 
 @contextmanager
@@ -76,7 +65,7 @@ def open_setup(args: Namespace) -> Iterator[Setup]:
     with exit_on_user_error(), join_world() as world:
         config = load_config(args.config, args.set, data=args.data, init=args.init)
         heading("evaluate" if args.evaluate else f"train {config.output_dir}")  # before what takes seconds
-        hardware = choose_hardware(world.device(config.device))
+        hardware = choose_hardware(world.device_of_rank(config.device))
         tokenizer = get_tokenizer(config.tokenizer_encoding)
         with world.main_process_first():  # it downloads or tokenises; the others find the result
             corpus = load_corpus(config.data, tokenizer.n_vocab)

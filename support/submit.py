@@ -28,18 +28,8 @@ CODE = ("model.py", "train.py", "generate.py", "classify.py")
 ALLOWED = {"torch", "numpy", "yaml", "wandb", "datasets", "tqdm", "tiktoken"}  # the assignment's packages
 ALLOWED |= sys.stdlib_module_names | {name.removesuffix(".py") for name in CODE} | {"support"}
 # What the homework never needs, but what could reach the process or the tests that grade it
-ALLOWED -= {
-    "_thread",
-    "atexit",
-    "builtins",
-    "concurrent",
-    "ctypes",
-    "importlib",
-    "multiprocessing",
-    "pkgutil",
-    "pty",
-}
-ALLOWED -= {"runpy", "signal", "site", "socket", "subprocess", "threading", "unittest"}
+ALLOWED -= {"_thread", "atexit", "builtins", "concurrent", "ctypes", "importlib", "multiprocessing", "pkgutil"}
+ALLOWED -= {"pty", "runpy", "signal", "site", "socket", "subprocess", "threading", "unittest"}
 UNSAFE = {"__import__", "__builtins__", "exec", "eval", "os._exit", "os.abort", "os.fork", "os.getppid", "os.kill"}
 UNSAFE |= {"os.killpg", "os.popen", "os.setsid", "os.system", "sys._getframe", "sys.modules", "sys.setprofile"}
 UNSAFE |= {"sys.settrace", "gc.get_objects", "gc.get_referrers", "inspect.currentframe", "inspect.stack"}

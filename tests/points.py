@@ -1,7 +1,7 @@
 """Points per question: a pytest plugin for the student's tests.
 
 A test counts for a group when it, or its class, carries `@pytest.mark.question("1.3", "embed")`. A group
-gives all its points when every test of it passed, else none; a skipped test counts neither way.
+gives all its points if all its tests pass, otherwise none; skipped tests are ignored.
 `pytest tests/` ends with the table of questions and the first failure of each group that lost its points;
 `--points-json FILE` also writes it in the form of Gradescope's results.json.
 """
@@ -99,7 +99,7 @@ class Tally:
 
         def stop(*_):
             self.hung.add(file)
-            raise AssertionError(f"expected an answer, got none in {seconds:g} s: does a loop never end?")
+            raise AssertionError(f"no result after {seconds:g} s: is there an endless loop?")
 
         before = signal.signal(signal.SIGVTALRM, stop)
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
@@ -157,7 +157,7 @@ class Tally:
             or any("::" in str(arg) for arg in self.config.args)
             or self.config.getoption("lf", False)
         ):
-            notes.append("partial run: tests were chosen by name or mark; points hold for a run of all tests")
+            notes.append("tests were chosen by name or mark; only a run of all tests gives the final points")
         return notes
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)

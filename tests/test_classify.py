@@ -55,7 +55,7 @@ class TestScore:
 
     def test_long_texts_keep_their_last_tokens(self, lm, score):
         first, last = ([ids[kept] for ids in ids_of(TEXTS)] for kept in (slice(P), slice(-P, None)))
-        wrong = {"a long text must keep its last n_positions tokens, not its first": last_logits(lm, first)}
+        wrong = {"a long text keeps its first n_positions tokens: it must keep its last": last_logits(lm, first)}
         what = "score with texts longer than the context"
         check_close(score(lm, TEXTS, 4), last_logits(lm, last), what, wrong, atol=ATOL)
 

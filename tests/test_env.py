@@ -24,7 +24,7 @@ PACKAGES = {
 
 @pytest.fixture
 def say(capfd):
-    """Print past pytest's capture: the versions are worth reading when all is well, too."""
+    """Print past pytest's capture: the versions are worth reading also when all is well."""
 
     def say(line):
         with capfd.disabled():

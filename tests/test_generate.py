@@ -82,10 +82,10 @@ def check_greedy(model, prefix, text, hint="", max_new_tokens=MAX_NEW, n_padding
         got = new[i] if i < len(new) else EOT
         if logits[got] < logits.max() - 1e-3:  # closer logits may be swapped by rounding
             best = logits.argmax().item()
-            right = "its end" if best == EOT else repr(chr(best))
+            right = "the text to end" if best == EOT else repr(chr(best))
             if i == len(new):
                 guess = hint or "is the last token lost, or does a row end where another does?"
-                raise AssertionError(f"{after}: expected {right} as new token {i}, got its end; {guess}")
+                raise AssertionError(f"{after}: expected {right} as new token {i}, got the end; {guess}")
             guess = mistakes.of_greedy_text(model, prompt, new, EOT, n_padding) or hint
             guess = guess or "is each token chosen after all before?"
             raise AssertionError(f"{after}, new token {i}: expected {right}, got {chr(got)!r}; {guess}")

@@ -32,7 +32,7 @@ def random_batches(seed=0, shape=(3, 5), limit=200):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(limit):
         yield torch.randint(V, shape, generator=generator)
-    raise AssertionError(f"train: expected an end after num_training_steps, got {limit} batches drawn: no end?")
+    raise AssertionError(f"train: expected to stop after num_training_steps, but drew {limit} batches: no end?")
 
 
 def first_batches(n):

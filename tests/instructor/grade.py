@@ -153,7 +153,7 @@ def run_child(folder: Path, job: dict, deadline: float, slot: int | None) -> tup
                 if reports:  # else it still starts
                     seconds = job["seconds" if reports[-1][0] == "start" else "loading"]
                 if time.monotonic() > min(deadline, heard + seconds + 1):
-                    why = f"no answer in {seconds:g} s: does a loop never end?"
+                    why = f"no answer in {seconds:g} s: is there an endless loop?"
                     if time.monotonic() > deadline:
                         why = "the time for one hand-in is over"
     finally:

@@ -160,8 +160,8 @@ EDITS = [
         """0.5 or, calibrated, the median of all p (N,) (question 3.6).
 
     A model that favours " good" does so for all texts alike. If about half of the texts are positive, the
-    median separates the two halves, and needs no labels. torch.median is the lower middle value: without
-    ties, half of an even number of texts are positive.
+    median separates the two halves, and needs no labels. torch.median takes the lower of two middle values: of
+    an even number of texts without ties, exactly half are then called positive.
     \"""",
         """0.5 or, calibrated, a value that depends only on all p (N,).
 

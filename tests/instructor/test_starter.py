@@ -38,6 +38,7 @@ def graded(folder: Path) -> tuple[dict, str]:
     return json.loads((folder / "points.json").read_text(encoding="utf-8")), result.stdout
 
 
+@pytest.mark.soak
 def test_handed_out_it_imports_and_scores_nothing_with_clear_failures(starter):
     names = [Path(name).stem for name in make_starter.GRADED]
     imported = run(starter, "-c", f"import {', '.join(names)}")

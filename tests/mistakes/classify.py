@@ -51,7 +51,7 @@ SWAPPED = "tokens_of_interest is [negative, positive], here swapped"
 WHOLE_VOCABULARY = "probabilities of the whole vocabulary, not of the two tokens"
 NOT_CALIBRATED = "calibrate ignored: boundary 0.5"
 OUTLIERS = "a boundary that a few extreme rows can move, so that most rows get one label"
-TIES_ARE_POSITIVE = "a row is 1 where p(positive) > boundary, not >="
+TIES_ARE_POSITIVE = "ties counted as positive: compare with >, not >="
 
 LIKELIER_TOKEN = {  # 0.9, 0.2, 0.51, 0.49, 0.7
     SWAPPED: [0, 1, 0, 1, 0],

@@ -16,7 +16,7 @@ def softmax_with_temperature(logits, temperature):
             "temperature ignored": p,
             "temperature applied after softmax": p / temperature,
             "temperature applied after softmax, then a second softmax": (p / temperature).softmax(-1),
-            "multiplied by temperature in place of divided": (logits * temperature).softmax(-1),
+            "multiplied by temperature instead of divided": (logits * temperature).softmax(-1),
         }
     return wrong
 
@@ -49,7 +49,7 @@ def of_greedy_text(model, prompt: list[int], new: list[int], pad_token: int, n_p
             lambda i, ids: best(ids[-P:], ([1] * n + [0] * i)[-P:])
         ),
         "the window does not slide, it keeps the first n_positions tokens": lambda i, ids: best(ids[:P]),
-        "a long prompt must keep its last tokens, not its first": lambda i, ids: best((prompt[:P] + new[:i])[-P:]),
+        "a long prompt must keep its last tokens": lambda i, ids: best((prompt[:P] + new[:i])[-P:]),
         "the window is one token too short": lambda i, ids: best(ids[-P + 1 :]),
         "the logits of the last position but one": (
             lambda i, ids: best(ids[-P:], position=-2) if len(ids) > 1 else None
@@ -63,7 +63,7 @@ def of_greedy_text(model, prompt: list[int], new: list[int], pad_token: int, n_p
                 (ids[:n] + pad + ids[n:])[-P:], ([1] * n + [0] * n_padding + [1] * i)[-P:]
             ),
             "padding without an attention_mask": lambda i, ids: best((pad + ids)[-P:]),
-            "attention_mask inverted: 1 is a real token": (
+            "attention_mask inverted: 1 must mean a real token": (
                 lambda i, ids: best((pad + ids)[-P:], ([1] * n_padding + [0] * len(ids))[-P:])
             ),
         }

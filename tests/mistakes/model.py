@@ -31,7 +31,7 @@ def _causal(S):
 def _wrong_splits(x, n_head):
     B, S, D = x.shape
     return {
-        "heads interleaved: head h takes features h·HD to (h+1)·HD - 1": (
+        "heads interleaved: head h must take features h·HD to (h+1)·HD - 1": (
             x.view(B, S, D // n_head, n_head).permute(0, 3, 1, 2)
         ),
         "a view to (B, H, S, HD) mixes tokens and heads: split the last axis, then transpose": (
@@ -132,7 +132,7 @@ def attention_with_padding(q, kT, v, mask):
         "padding masked on the queries, not on the keys": (
             attention(q, kT, v, causal & keys.transpose(2, 3)).nan_to_num()
         ),
-        "attention_mask inverted: 1.0 is a real token": attention(q, kT, v, causal & ~keys).nan_to_num(),
+        "attention_mask inverted: 1.0 must mean a real token": attention(q, kT, v, causal & ~keys).nan_to_num(),
         "the causal mask is lost where attention_mask is given": attention(q, kT, v, keys),
         "row 0's mask is used for every row": attention(q, kT, v, causal & keys[:1]).nan_to_num(),
         "attention_mask added to the scores as it is": (

@@ -22,7 +22,7 @@ SEQUENTIAL_BATCHES = {
 # --- cosine_lr_schedule: warm-up in steps 0 to 3, annealing from 1.0 to 0.2 in steps 4 to 11 ---
 
 WARM_UP = {  # steps 0, 1, 2, 3
-    "warm-up one step early: step 0 has the rate 0": [0.25, 0.5, 0.75, 1.0],
+    "warm-up one step early: step 0 must have rate 0": [0.25, 0.5, 0.75, 1.0],
     "warm-up reaches the peak one step early: at step a - 1, not a": [0, 1 / 3, 2 / 3, 1.0],
     "warm-up from min_lr: it starts at 0": [0.2, 0.4, 0.6, 0.8],
     "warm-up from min_lr with the slope of max_lr": [0.2, 0.45, 0.7, 0.95],
@@ -42,7 +42,7 @@ ANNEALING = {  # steps 4, 6, 8, 10, 11
     "the cosine falls by twice max_lr - min_lr": [1.8, 1.565685, 1.0, 0.434315, 0.260896],
 }
 AFTER_THE_END = {  # steps 12, 13, 20, 60
-    "the cosine goes on after num_training_steps": [0.2, 0.230448, 1.0, 0.2],
+    "the cosine continues after num_training_steps": [0.2, 0.230448, 1.0, 0.2],
     "0 after num_training_steps": [0.0, 0.0, 0.0, 0.0],
 }
 
@@ -74,7 +74,7 @@ def loss(input_ids, logits):
         ),
         "in bits, not in nats": right.mean() / math.log(2),
         "softmax before the cross entropy, which has one inside": costs(1, logits.softmax(-1)).mean(),
-        "the sign": -right.mean(),
+        "the wrong sign": -right.mean(),
     }
 
 
@@ -152,7 +152,7 @@ def logged_rate(n_steps, per_step):
     """Where the rate of step t is t + 1."""
     wrong = {
         "the learning rate of the step before": range(n_steps),
-        "of the step after": range(2, n_steps + 2),
+        "the learning rate of the step after": range(2, n_steps + 2),
     }
     if per_step > 1:
         micro_batches = range(1, per_step * n_steps, per_step)

@@ -290,6 +290,7 @@ BAD_ARGUMENTS = {
     "a folder for yaml": (train, ["outputs"], ["outputs"]),
     "set without =": (train, ["course.yaml", "--set", "max_lr"], ["max_lr", "key=value"]),
     "set unknown": (train, ["course.yaml", "--set", "lr=1"], ["lr"]),
+    "set unknown, then known": (train, ["course.yaml", "--set", "lr=1", "--set", "seed=2"], ["lr"]),
     "short corpus": (
         train,
         ["course.yaml", "--data", "tokens.npz", "--set", "seq_len=301", "model_config.n_positions=400"],
@@ -310,6 +311,8 @@ BAD_ARGUMENTS = {
     "temperature nan": (generate, ["--temperature", "nan"], ["temperature", "nan"]),
     "top_p": (generate, ["--top_p", "0"], ["top_p"]),
     "tokens": (generate, ["--max_new_tokens", "0"], ["max_new_tokens"]),
+    "seed": (generate, ["--seed", str(2**63)], ["seed", "2^63"]),
+    "no config": (generate, ["--checkpoint", "alone/model.pt"], ["alone/model.pt", "config.yaml", "--config"]),
     "no prefixes": (generate, ["--prefixes", "nowhere.json"], ["nowhere.json"]),
     "bad prefix line": (generate, ["--prefixes", "prefixes.jsonl"], ["prefixes.jsonl", "line 2"]),
     "no checkpoint": (generate, ["--checkpoint", "nowhere.pt"], ["nowhere.pt"]),
@@ -325,6 +328,8 @@ def test_bad_arguments(name, inside, capsys):
     (inside / "broken").mkdir(exist_ok=True)
     (inside / "broken/config.yaml").write_text(COURSE_YAML)
     (inside / "broken/model.pt").write_bytes((inside / "outputs/course/model.pt").read_bytes()[:5000])
+    (inside / "alone").mkdir(exist_ok=True)
+    shutil.copy(inside / "outputs/course/model.pt", inside / "alone")
     before = {path: path.stat().st_mtime_ns for path in inside.rglob("*") if path.is_file()}
     command, arguments, words = BAD_ARGUMENTS[name]
     assert status(command, *arguments) == 2
@@ -333,12 +338,15 @@ def test_bad_arguments(name, inside, capsys):
     assert after == before, "bad input must leave every file as it was"
     (inside / "prefixes.jsonl").unlink()
     shutil.rmtree(inside / "broken")
+    shutil.rmtree(inside / "alone")
 
 
-@pytest.mark.parametrize("text", ['["a", "b"]', '[{"prefix": "a"}, "b"]', '{"prefix": "a"}\n"b"\n'])
+@pytest.mark.parametrize(
+    "text", ['["a\u2028", "b"]', '[{"prefix": "a\u2028"}, "b"]', '{"prefix": "a\u2028"}\r\n"b"\n']
+)
 def test_prefix_files_of_each_kind(text, inside):
     from support.generation import read_prefixes
 
-    (inside / "p.json").write_text(text)
-    assert read_prefixes(inside / "p.json") == ["a", "b"]
+    (inside / "p.json").write_text(text, encoding="utf-8", newline="")
+    assert read_prefixes(inside / "p.json") == ["a\u2028", "b"], "U+2028 ends a line for str.splitlines alone"
     (inside / "p.json").unlink()

@@ -127,7 +127,9 @@ def joined_training(out: Path) -> None:
         torch.manual_seed(1)
         model = DecoderLM(V, 10, 2, 11, 2, p_dropout=0.0)
         loss_fn = LanguageModelingLoss(model)
-        distributed = world.distribute(loss_fn, ACCUMULATION, (ROWS[0] // world.size, S), nullcontext(), seed=1)
+        rows = ROWS[0] // world.size
+        config = SimpleNamespace(grad_accumulation_steps=ACCUMULATION, batch_size=rows, seq_len=S, seed=1)
+        distributed = world.distribute(loss_fn, config, nullcontext())
         if world.size > 1:
             no_sync = distributed.module.no_sync
             distributed.module.no_sync = lambda: without_exchange.append(1) or no_sync()
@@ -297,7 +299,7 @@ def test_one_process_never_initialises_distribution(monkeypatch, variables):
     monkeypatch.setattr(dist, "init_process_group", None)
     module = torch.nn.Linear(1, 1)
     with join_world() as world:
-        assert world == World() and world.distribute(module, 1, (2, 5), nullcontext(), 0) is module
+        assert world == World() and world.distribute(module, None, nullcontext()) is module
         assert world.maximum(3, -1) == (3, -1) and world.gather("a") == ["a"]
         with world.main_process_first():
             pass
@@ -306,22 +308,23 @@ def test_one_process_never_initialises_distribution(monkeypatch, variables):
 
 def test_every_rank_has_its_own_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert World().device("mps") == "mps"
+    assert World().device_of_rank("mps") == "mps"
     world = World(5, 8, 1)
-    assert world.device("cpu") == "cpu"
+    assert world.device_of_rank("cpu") == "cpu"
     chosen = []
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(device_count=lambda: 2, set_device=chosen.append))
     monkeypatch.setattr(distribution, "cuda_problem", lambda: "no GPU found")
-    assert world.device("auto") == "auto" and world.device("cuda") == "cuda"  # choose_hardware says what is wrong
+    for requested in ("auto", "cuda"):  # choose_hardware reports the problem
+        assert world.device_of_rank(requested) == requested
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert world.device("auto") == "cpu", "several processes cannot share an Apple GPU"
+    assert world.device_of_rank("auto") == "cpu", "several processes cannot share an Apple GPU"
     monkeypatch.setattr(distribution, "cuda_problem", lambda: None)
-    assert world.device("auto") == world.device("cuda") == "cuda:1" and chosen == [1, 1]
+    assert world.device_of_rank("auto") == world.device_of_rank("cuda") == "cuda:1" and chosen == [1, 1]
     with pytest.raises(UserError, match="8 processes cannot share device = 'cuda:0'"):
-        world.device("cuda:0")
+        world.device_of_rank("cuda:0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match="4 processes, but 2 GPUs here; start torchrun --nproc_per_node=2"):
-        world.device("auto")
+        world.device_of_rank("auto")
 
 
 def test_other_runtime_errors_are_no_lost_process():

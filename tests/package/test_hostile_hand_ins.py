@@ -13,6 +13,8 @@ from pathlib import Path
 import points
 import pytest
 
+pytestmark = pytest.mark.soak
+
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("model.py", "train.py", "generate.py", "classify.py")
 SECONDS, SECONDS_LOADING = 5, 8  # with room for a machine that is busy

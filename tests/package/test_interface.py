@@ -158,7 +158,7 @@ def test_score_reads_batch_size_texts_at_once(lm, ascii_tokenizer, batch_size, s
         (lambda: generate.softmax_with_temperature(torch.zeros(1, 3), -0.5), "-0.5 must be 0 or more"),
         (lambda: generate.softmax_with_temperature(torch.zeros(1, 3), float("nan")), "must be 0 or more"),
         (lambda: next(train.random_batch_sampler(torch.arange(4), "cpu", 1, 5)), "no row of seq_len = 5"),
-        (lambda: train.evaluate(model.DecoderLM(11, 8, 2, 5, 1), []), "no batch to evaluate"),
+        (lambda: train.evaluate(model.DecoderLM(11, 8, 2, 5, 1), []), "nothing to evaluate"),
     ],
     ids=["heads", "negative temperature", "no temperature", "short corpus", "no batch"],
 )

@@ -116,7 +116,7 @@ def test_a_loop_without_end_fails_its_test_only(run, monkeypatch):
     Path("conftest.py").write_text(text, encoding="utf-8")
     assert "PER_TEST = 0.2" in text
     out, points = run(test_train=TRAIN.format(body="while True: pass"))
-    out.fnmatch_lines(["*expected an answer, got none in 0.2 s: does a loop never end?*", "total * 5 / 9"])
+    out.fnmatch_lines(["*no result after 0.2 s: is there an endless loop?*", "total * 5 / 9"])
 
 
 def test_an_unknown_group_is_an_error(run):

@@ -46,7 +46,8 @@ def test_jsonl(tmp_path):
         ("i.jsonl", '{"text": "fine", "label": true}\n', "line 1: the label is True"),
         ("j.jsonl", '{"text": "fine", "label": 1}\n{"label": 1}\n', "line 2.*'text'"),
         ("k.parquet", "PAR1", "neither .csv nor .jsonl"),
-        ("l.csv", "text,label\n", "none of the 0 reviews"),
+        ("l.csv", "text,label\n", "contains no review"),
+        ("m.csv", "label,text\n1\n", "line 2: the text is empty"),
     ],
 )
 def test_bad_file_is_refused_with_its_line(tmp_path, name, content, message):

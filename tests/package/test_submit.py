@@ -81,7 +81,7 @@ FAULTS = {
     "ready-made attention": (edit("model.py", "F.softmax(", "F.scaled_dot_product_attention("), "uses scaled_dot_product_attention"),
     "ready-made, imported": (edit("model.py", "from torch import nn\n", "from torch import nn\nfrom torch.nn import TransformerDecoder\n"), "uses TransformerDecoder"),
     "no checkpoint": (lambda root: (root / "model.pt").unlink(), "model.pt: no such checkpoint"),
-    "no configuration": (lambda root: (root / "config.yaml").unlink(), "config.yaml: No such file"),
+    "no configuration": (lambda root: (root / "config.yaml").unlink(), "no config.yaml beside it"),
     "a foreign checkpoint": (put("model.pt", b"<html>"), "web page instead of a PyTorch checkpoint"),
     "another model's configuration": (edit("config.yaml", "n_embd: 8", "n_embd: 16"), "n_embd = 8"),
     "too much training": (edit("config.yaml", "num_training_steps: 6", "num_training_steps: 6000000000"), "more than the 1e17 allowed"),
