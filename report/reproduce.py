@@ -44,6 +44,7 @@ def planned(question: str) -> Iterator[tuple[str, int]]:
     """(setting, seed) of the runs of a question. Those of 2.5 depend on what its first five runs measured."""
     if question == "2.2":
         yield from ((setting, seed) for setting in tables.SCHEDULES for seed in (0, 1))
+        yield from ((setting, 0) for setting in tables.OTHER_RATES)
         return
     yield from ((setting, 0) for setting in tables.settings(question))
     if question == "2.5":  # so that a difference between the two means something

@@ -20,6 +20,7 @@ REPORT = Path(__file__).resolve().parent
 CONFIGS, RESULTS, GENERATED, FIGURES = (REPORT / name for name in ("configs", "results", "generated", "figures"))
 OUTPUTS = Path("outputs/report")  # as in the configurations, from the root
 SCHEDULES = {"2.5-d64-l8-lr8e-3": "cosine", "2.2-constant": "constant"}
+OTHER_RATES = ("2.2-lr4e-3", "2.2-lr16e-3")  # with the cosine
 
 
 def settings(question: str) -> list[str]:
@@ -99,6 +100,9 @@ def schedules() -> dict[str, str]:
     run = result(next(iter(SCHEDULES)))
     values = {"2.2-flops": power_of_ten(run["flops"]), "2.2-rate": f"{run['config']['max_lr']:g}"}
     values["2.2-shape"] = "{n_embd} × {n_layer}".format(**run["config"]["model_config"])
+    others = [result(name) for name in OTHER_RATES]
+    by_rate = sorted((r["config"]["max_lr"], r["val-loss"]) for r in (run, *others))
+    values["2.2-rates"] = ", ".join(f"{rate:g} gives {loss:.3f}" for rate, loss in by_rate)
     return values | {"2.2-table": table(header, rows), "2.2-gap": " and ".join(gaps)}
 
 
@@ -190,7 +194,7 @@ def tuning() -> dict[str, str]:
 
 def final() -> dict[str, str]:
     """2.6: the model that ships."""
-    file, values = result("model-file"), {}
+    file, values = result("model-file"), {"2.6-small": f"{result('2.6-small')['val-loss']:.3f}"}
     for name in ("c4", "wikipedia"):
         loss = file[f"{name}-loss"]
         values[f"2.6-{name}-loss"] = f"{loss[0]:.3f}"
