@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     from support.classification import report_classification, show_classification_header
     from support.errors import exit_on_user_error
     from support.reviews import load_reviews
+    from support.screen import heading
 
     parser = ArgumentParser(description="Call reviews good or bad with a trained language model.")
     parser.add_argument("checkpoint", nargs="?", help="model.pt to use (default: the newest in outputs/)")
@@ -89,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     with exit_on_user_error():
+        heading("classify")
         trained = load_trained_model(args.config, args.checkpoint, args.device)
         model, tokenizer = trained.model, trained.tokenizer
 

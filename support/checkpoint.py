@@ -64,7 +64,7 @@ def load_weights(model: DecoderLM, path: str | Path, config: ModelConfig) -> Non
     Raises UserError if the file is damaged or belongs to another configuration.
     """
     path = checkpoint_file(path)
-    _fill(model, _read_weights(path, config, model.n_vocab), path, config)
+    _load_into(model, _read_weights(path, config, model.n_vocab), path, config)
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -79,7 +79,7 @@ def _read_weights(path: Path, config: ModelConfig, n_vocab: int) -> dict:
     return {WRAPPERS.sub("", str(key), count=1): value for key, value in loaded.items()}
 
 
-def _fill(model: DecoderLM, state: dict, path: str | Path, config: ModelConfig) -> None:
+def _load_into(model: DecoderLM, state: dict, path: str | Path, config: ModelConfig) -> None:
     try:
         n_positions, n_embd = state["position_embeddings.weight"].shape
         found = {"n_embd": n_embd, "n_positions": n_positions}
@@ -147,7 +147,7 @@ def load_trained_model(config_path: str | None, checkpoint: str | None, device: 
     # The file is read first: a configuration that is far too large for it never becomes a model in memory.
     state = _read_weights(path, config.model_config, tokenizer.n_vocab)
     model = DecoderLM(tokenizer.n_vocab, **vars(config.model_config))
-    _fill(model, state, path, config.model_config)
+    _load_into(model, state, path, config.model_config)
     model = model.to(hardware.device).eval()
     return TrainedModel(model, config, tokenizer, hardware, path, how_found)
 

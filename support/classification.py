@@ -6,7 +6,7 @@ from support.checkpoint import TrainedModel
 from support.files import json_text, write_atomically
 from support.plots import plot_classification
 from support.reviews import Reviews
-from support.screen import bold, heading, show_facts, show_note
+from support.screen import bold, show_facts, show_note
 
 KINDS = ("without calibration", "with calibration")
 
@@ -27,7 +27,6 @@ def show_classification_header(
     trained: TrainedModel, reviews: Reviews, template: str, label_map: dict[int, str]
 ) -> None:
     """Print which model classifies which reviews, and the prompt."""
-    heading("classify")
     if reviews.note:
         show_note(reviews.note)
     show_facts(
