@@ -255,8 +255,7 @@ def main(argv: list[str] | None = None) -> None:
             return evaluate(model, setup.with_bar(batches), setup.autocast, loss_fn=loss_fn)
 
         if args.evaluate:
-            show_evaluation(args.evaluate, setup, model, validate)
-            return
+            return show_evaluation(args.evaluate, setup, model, validate)
 
         train_batches = setup.on_device(random_batch_sampler(corpus.train, "cpu", c.batch_size, c.seq_len))
         optimizer = torch.optim.AdamW(
