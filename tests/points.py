@@ -157,7 +157,7 @@ class Tally:
             or any("::" in str(arg) for arg in self.config.args)
             or self.config.getoption("lf", False)
         ):
-            notes.append("tests were chosen by name or mark; only a run of all tests gives the final points")
+            notes.append("partial run: tests were chosen by name or mark; run all of them for the final points")
         return notes
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
