@@ -166,6 +166,7 @@ def test_validation_losses_of_an_interrupted_run(tmp_path, monkeypatch, batch):
     assert validation(tiny) == validation(whole) and tiny.results() == whole.results()
 
 
+@pytest.mark.soak
 def test_validation_rows_past_the_resumed_step_are_dropped(tmp_path):
     tiny = TinyRun(tmp_path, num_training_steps=2000, eval_interval=1, checkpoint_interval=5)
     process = tiny.process()

@@ -1,11 +1,13 @@
 """The bench of a GPU, as far as a CPU can run it."""
 
 import bench_gpu
+import pytest
 import torch
 
 from support.hardware import choose_hardware
 
 
+@pytest.mark.soak
 def test_bench_of_a_gpu_runs_on_the_cpu(monkeypatch):
     """Small enough to see that every contender trains and generates; the numbers mean nothing here."""
     monkeypatch.setattr(bench_gpu, "STEPS", 1)

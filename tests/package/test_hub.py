@@ -264,6 +264,7 @@ configs:
 """
 
 
+@pytest.mark.soak
 def test_dataset_is_streamed_as_far_as_needed(hub, environment, tmp_path):
     texts = [f"Page {i} of the web tells of {i} things." for i in range(400)]
     for shard in (0, 1):
