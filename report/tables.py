@@ -100,7 +100,7 @@ def schedules() -> dict[str, str]:
     run = result(next(iter(SCHEDULES)))
     values = {"2.2-flops": power_of_ten(run["flops"]), "2.2-rate": f"{run['config']['max_lr']:g}"}
     values["2.2-shape"] = "{n_embd} × {n_layer}".format(**run["config"]["model_config"])
-    others = [result(name) for name in OTHER_RATES]
+    others = [found for name in OTHER_RATES if (found := result(name))]
     by_rate = sorted((r["config"]["max_lr"], r["val-loss"]) for r in (run, *others))
     values["2.2-rates"] = ", ".join(f"{rate:g} gives {loss:.3f}" for rate, loss in by_rate)
     return values | {"2.2-table": table(header, rows), "2.2-gap": " and ".join(gaps)}

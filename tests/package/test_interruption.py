@@ -234,7 +234,7 @@ def test_wandb_continues_the_same_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("interval", "saved"), [(2, [2, 4, 6]), ("4e0", [4, 6]), ("0s", [1, 2, 3, 4, 5, 6]), ("60s", [6])]
+    ("interval", "saved"), [(2, [2, 4, 6]), (4, [4, 6]), ("4e0", [4, 6]), ("0s", [1, 2, 3, 4, 5, 6]), ("60s", [6])]
 )
 def test_checkpoint_interval(tmp_path, monkeypatch, interval, saved):
     steps = []
