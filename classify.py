@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", help="training YAML of the model; it is then <output_dir>/model.pt")
     parser.add_argument("--calibrate", action="store_true", help="write the calibrated predictions")
     parser.add_argument("--data", help="csv or jsonl with text and label, 'yelp' (the default) or 'sample'")
-    parser.add_argument("--limit", type=positive_int, default=1000, metavar="N", help="reviews (default: 1000)")
+    parser.add_argument("--limit", type=positive_int, default=1000, metavar="N", help="at most N (default: 1000)")
     parser.add_argument("--batch_size", type=positive_int, default=16, metavar="B", help="at once (default: 16)")
     parser.add_argument("--device", default="auto", help="auto (default), cuda, mps or cpu, as in the YAML")
     args = parser.parse_args(argv)

@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
                 cosine_lr_schedule(c.num_warmup_steps, c.num_training_steps, c.min_lr, c.max_lr),
                 setup.autocast,
                 run.end_step,  # num_training_steps, or a few in a dry run
-                c.grad_accumulation_steps,
+                1 if args.dry_run else c.grad_accumulation_steps,
                 loss_fn=distributed_loss_fn,
                 grad_clip=c.grad_clip,
                 start_step=run.progress.next_step,

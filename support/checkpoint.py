@@ -162,4 +162,4 @@ def find_checkpoint(config_path: str | None, checkpoint: str | None) -> tuple[Pa
     newest = max(runs, key=lambda path: path.stat().st_mtime, default=ROOT / "model.pt")
     require(newest.exists(), "no trained model found; train one with python train.py configs/GPT-tiny.yaml")
     how_found = "the newest in outputs/" if runs else "it comes with the package"
-    return Path(os.path.relpath(newest)), f"{how_found}; name another to use that"
+    return Path(os.path.relpath(newest)), f"{how_found}; give a path to use another"

@@ -70,6 +70,7 @@ def report_classification(
         "boundary": dict(zip(KINDS, boundaries, strict=True)),
         "majority-share": majority,
         "auc": auc,
+        "row": reviews.rows,
         "predictions": {"kind": KINDS[calibrate], "label": predictions[calibrate]},
         "true-label": reviews.labels,
         "p-positive": p.tolist(),

@@ -10,7 +10,7 @@ from support.screen import bold, duration
 from support.state import Progress
 from train import StepResult
 
-DRY_RUN_STEPS = 6  # enough to time a step; the first one warms up
+DRY_RUN_STEPS = 4  # of one micro-batch each; the first one warms up
 
 
 class DryRun:
@@ -21,6 +21,8 @@ class DryRun:
 
     def __init__(self, plan: TrainingPlan):
         self.plan, self.progress = plan, Progress()
+        tokens = plan.setup.tokens_per_step // plan.setup.config.grad_accumulation_steps
+        print(f"  Timing {DRY_RUN_STEPS} micro-batches of {tokens} tokens.\n", flush=True)
         self._times = [time.perf_counter()]
 
     def on_step(self, result: StepResult) -> None:
@@ -30,8 +32,9 @@ class DryRun:
     def show_times(self) -> None:
         """Print the speed and the time of the whole run. Raises UserError if `train` did not call on_step."""
         timed = len(self._times) > 2
-        require(timed, "--dry-run: train() did not call on_step, so its steps cannot be timed")
-        seconds_per_step = float(np.median(np.diff(self._times)[1:]))  # the first step warms up
-        total = seconds_per_step * self.plan.setup.config.num_training_steps
+        require(timed, "--dry_run: train() did not call on_step, so its steps cannot be timed")
+        c = self.plan.setup.config
+        seconds_per_step = float(np.median(np.diff(self._times)[1:])) * c.grad_accumulation_steps
+        total = seconds_per_step * c.num_training_steps
         print(f"  {self.plan.speed(seconds_per_step)}")
         print(f"  a step takes {seconds_per_step * 1e3:.0f} ms; the whole run would take {bold(duration(total))}")

@@ -66,4 +66,4 @@ def report_texts(trained: TrainedModel, prompts: list[str], texts: list[str], se
         lines.append(json.dumps({"prefix": prompt, "generation": text}, ensure_ascii=False) + "\n")
     path = trained.folder / "generation.jsonl"
     write_atomically(path, "".join(lines))
-    print(f"{len(texts)} texts in {seconds:.1f} s, written to {path}")
+    print(f"{len(texts)} text{'s' * (len(texts) > 1)} in {seconds:.1f} s, written to {path}")

@@ -40,7 +40,8 @@ class Hardware:
         cpuinfo = Path("/proc/cpuinfo")  # of Linux
         found = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
         processor = found.group(1) if found else platform.processor()
-        return f"{processor}, {torch.get_num_threads()} threads"
+        n = torch.get_num_threads()
+        return f"{processor}, {n} thread{'s' * (n > 1)}"
 
     def __str__(self) -> str:
         return f"{self.device}, {str(self.dtype).removeprefix('torch.')} ({self.reason})"

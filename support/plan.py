@@ -49,7 +49,7 @@ class TrainingPlan:
         share = flops_per_second / self.peak_flops_per_second
         return (
             f"{tokens_per_second:,.0f} tokens/s, {flops_per_second / 1e12:.3f} TFLOPS: "
-            f"{share:.0%} of {device} matrix-product rate"
+            f"{share:.0%} of {device} speed in matrix products"
         )
 
 
@@ -74,7 +74,7 @@ def show_plan(plan: TrainingPlan) -> None:
             "data": f"{corpus.name}: {count(len(corpus.train), 'tokens')} to train on, "
             f"{count(len(corpus.val), 'tokens')} held out",
             "training": f"{c.num_training_steps} steps of {setup.tokens_per_step} tokens = "
-            f"{count(n_tokens, 'tokens')} ({n_tokens / len(corpus.train):.2g} times the data)",
+            f"{count(n_tokens, 'tokens')} ({n_tokens / len(corpus.train):,.1f} times the data)",
             "compute": f"{plan.flops:.3g} FLOPs{''.join(budgets)}",
             "ln V": f"{plan.ln_vocab:.3f} nats, the loss of a uniform guess",
             "unigrams": f"{plan.unigram_entropy:.3f} nats, the loss of a guess that knows only word frequencies",

@@ -92,8 +92,8 @@ def _meaning(plan: TrainingPlan, val_loss: float) -> str:
     text = f"{below_uniform:.2f} below a uniform guess"
     if below_uniform <= 0:
         text = "No better than a uniform guess: nothing was learned."
-    elif below_unigrams <= 0:
-        text += ", not yet below word frequencies alone: train longer or with a higher max_lr."
+    elif below_unigrams < 0.1:  # nats; less can be chance
+        text += ", not clearly below word frequencies alone: train longer or with a higher max_lr."
     else:
         text += f" and {below_unigrams:.2f} below word frequencies alone: the model is using context."
     return text
@@ -103,6 +103,7 @@ def show_sample(run, generate: Callable[[str], str]) -> None:
     """Print a prompt with its continuation `generate(prompt)`, and the next commands to type for a TrainingRun."""
     checkpoint = run.folder / "model.pt"
     try:
+        print(bold("sample"))
         show_text(SAMPLE_PROMPT, generate(SAMPLE_PROMPT))
     except Exception as error:  # generate() may be unfinished: no reason to fail after hours of training
         show_note(f"No sample text: generate() raised {type(error).__name__} ({first_line(error)}).")

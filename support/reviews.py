@@ -27,6 +27,7 @@ class Reviews:
     name: str
     texts: list[str]
     labels: list[int]
+    rows: list[int]  # their positions in the data, from 0
     n_read: int  # reviews tried until these were found
     note: str | None = None  # what the reader of the results must know; printed loudly
 
@@ -34,7 +35,7 @@ class Reviews:
 def load_reviews(
     data: str | None, limit: int, seed: int = 42, fits: Callable[[str], bool] = lambda text: True
 ) -> Reviews:
-    """The first `limit` shuffled reviews for which `fits(text)` is true; fewer if there are not as many.
+    """At most `limit` random reviews for which `fits(text)` is true, in the order of the data.
 
     `data` is a .csv or .jsonl with text and label, 'yelp' (Yelp polarity's test split) or 'sample'. None means
     yelp, or the sample with a note if Yelp is not available. Raises UserError for a bad file or if no review fits.
@@ -52,13 +53,14 @@ def load_reviews(
     elif data not in (None, "yelp"):
         name, reviews = data, list(_read_file(Path(data)))
     require(bool(reviews), f"{name}: contains no review; add some or give another file")
-    random.Random(seed).shuffle(reviews)
-    fitting = (n for n, review in enumerate(reviews) if fits(review[0]))
-    indices = list(islice(fitting, limit))
-    chosen = [reviews[n] for n in indices]
-    require(bool(chosen), f"{name}: none of the {len(reviews)} reviews fits the model; use shorter ones")
-    n_read = indices[-1] + 1 if len(indices) == limit else len(reviews)
-    return Reviews(name, [text for text, _ in chosen], [label for _, label in chosen], n_read, note)
+    shuffled = list(range(len(reviews)))
+    random.Random(seed).shuffle(shuffled)
+    fitting = list(islice((n for n, row in enumerate(shuffled) if fits(reviews[row][0])), limit))
+    require(bool(fitting), f"{name}: none of the {len(reviews)} reviews fits the model; use shorter ones")
+    n_read = fitting[-1] + 1 if len(fitting) == limit else len(reviews)
+    rows = sorted(shuffled[n] for n in fitting)
+    texts, labels = zip(*(reviews[row] for row in rows), strict=True)
+    return Reviews(name, list(texts), list(labels), rows, n_read, note)
 
 
 def _read_yelp(path: Path) -> list[tuple[str, int]]:
@@ -90,9 +92,13 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, strict=True)  # strict: an open quote would swallow the rest of the file
         try:
-            found = {"text", "label"} <= set(rows.fieldnames or ())
-            require(found, f"{path}, line 1: no header with text and label; add the line text,label")
+            header = list(rows.fieldnames or ())
+            missing = [name for name in ("text", "label") if name not in header]
+            problem = f"the header {', '.join(map(repr, header)) or '(empty)'} lacks {' and '.join(missing)}"
+            require(not missing, f"{path}, line 1: {problem}; name the columns text and label")
             for record in rows:
+                problem = f"{path}, line {rows.line_num}: more fields than columns"
+                require(None not in record, f"{problem}; put a text that has commas into double quotes")
                 yield rows.line_num, record
         except (csv.Error, UnicodeDecodeError) as error:
             where = f"{path}, line {rows.reader.line_num}"

@@ -1,8 +1,8 @@
 """Grade a folder of hand-ins.
 
-    python tests/instructor/grade.py HANDINS --out grades --test-tokens test.npz
+    python tests/instructor/grade.py HAND_INS --out grades --test-tokens test.npz
 
-HANDINS has a .zip for each, as `python -m support.submit` packs them. Writes grades/grades.csv, grades/grades.md
+HAND_INS has a .zip for each, as `python -m support.submit` packs them. Writes grades/grades.csv, grades/grades.md
 and a file for each hand-in. Run again, it grades those that are new or changed, or all if the tests changed.
 
 This process neither reads nor runs a hand-in. examine.py unpacks and reads it; child.py runs the tests on it, in
@@ -408,7 +408,8 @@ def separate_users(paths: list[Path]) -> bool:
             env = environment(Path("/"))
             works = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, **user_of(0))
     if works is None or works.returncode:
-        print("note: hand-ins run as your user and could read its files; use a container (docs/grading.md)")
+        why = f"other users cannot run {sys.executable}" if os.geteuid() == 0 else "you are not root"
+        print(f"note: hand-ins run as your user and could read its files, since {why} (docs/grading.md)")
         return False
     if works.stdout.strip() != "[]":
         print(f"note: hand-ins can read {works.stdout.strip()}; close them with chmod 700")
@@ -429,7 +430,7 @@ def begin(test_tokens: Path | None, paths: list[Path]) -> tuple[dict, bool]:
 def main(argv: list[str] | None = None) -> None:
     """Grade what is new and write the table."""
     parser = argparse.ArgumentParser(description="Grade a folder of hand-ins.")
-    parser.add_argument("hand_ins", metavar="HANDINS", type=Path, help="a folder of .zip files")
+    parser.add_argument("hand_ins", metavar="HAND_INS", type=Path, help="a folder of .zip files")
     parser.add_argument("--out", type=Path, default=Path("grades"), help="folder of the results (default: grades)")
     parser.add_argument("--test-tokens", type=Path, metavar="NPZ", help="measure question 2.6 on its `val` tokens")
     parser.add_argument("--jobs", type=int, default=1, help="hand-ins at once (default: 1)")

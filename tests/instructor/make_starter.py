@@ -69,7 +69,8 @@ DROPPED = {
 # The names that a constructor must create: tests and checkpoints rely on them.
 CONSTRUCTORS = {
     "MultiHeadAttention": """Create q_attn, k_attn, v_attn and proj (Linear D -> D with bias), the buffer
-scale_factor (a scalar, 1 / sqrt(HD)) and dropout, for the attention weights, after softmax, and after proj.
+scale_factor (a scalar, 1 / sqrt(HD)) and dropout, applied to the attention weights after the softmax and to the
+output of proj.
 """,
     "FeedForward": "Create linear_in (Linear D -> 4 D), linear_out (Linear 4 D -> D) and dropout, for the result.",
     "DecoderBlock": "Create ln_1, mha, ln_2 and ff; p_dropout is for both mha and ff.",

@@ -145,13 +145,13 @@ def test_the_commands_of_the_guide_grade_a_class(right_files, tmp_path):
     for name in ("tests", "data"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "my_texts.jsonl").write_text('{"text": "One text, and no other."}\n' * 9)
-    (tmp_path / "HANDINS").mkdir()
+    (tmp_path / "HAND_INS").mkdir()
     model = (ROOT / "model.py").read_text()
     mistake = model.replace("weights @ v", "2 * weights @ v").replace(
         "import torch\n", "import torch\ntorch.allclose = lambda *a, **k: True\n", 1
     )
     for name, files in (("ada", right_files), ("bob", right_files | {"model.py": mistake})):
-        with zipfile.ZipFile(tmp_path / "HANDINS" / f"{name}.zip", "w") as archive:
+        with zipfile.ZipFile(tmp_path / "HAND_INS" / f"{name}.zip", "w") as archive:
             for file, content in files.items():
                 archive.writestr(file, content.read_bytes() if isinstance(content, Path) else content)
     (commands,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "grading.md").read_text(), flags=re.DOTALL)

@@ -45,8 +45,8 @@ def test_commands_of_a_page_work(page, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "my_texts.jsonl").write_text('{"text": "A text about a city and its people."}\n' * 200)
-    (tmp_path / "HANDINS").mkdir()
-    with zipfile.ZipFile(tmp_path / "HANDINS/student.zip", "w") as archive:
+    (tmp_path / "HAND_INS").mkdir()
+    with zipfile.ZipFile(tmp_path / "HAND_INS/student.zip", "w") as archive:
         for name in CODE:
             archive.write(ROOT / name, name)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -36,11 +36,11 @@ def test_jsonl(tmp_path):
     ("name", "content", "message"),
     [
         ("a.csv", "text,label\nfine,1\nbad,2\n", "line 3: the label is 2.*0 or 1"),
-        ("b.csv", "1,poor\n2,fine\n", "line 1: no header"),
-        ("c.csv", "text,label\nwell, well,1\n", "line 2: the label is well"),
+        ("b.csv", "1,poor\n2,fine\n", "line 1: the header '1', 'poor' lacks text and label"),
+        ("c.csv", "text,label\nwell, well,1\n", "line 2: more fields.*quotes"),
         ("d.csv", 'text,label\nfine,1\n"open,0\n', "line 3: invalid csv"),
-        ("e.csv", "review,stars\nfine,1\n", "line 1: no header"),
-        ("f.csv", "", "line 1: no header"),
+        ("e.csv", "review,label\nfine,1\n", "line 1: the header 'review', 'label' lacks text;"),
+        ("f.csv", "", "line 1: the header .empty. lacks text and label"),
         ("g.csv", "text,label\n  ,1\n", "line 2: the text is empty"),
         ("h.jsonl", '{"text": "fine", "label": 1}\n\n{"text": "fine"}\n', "line 3: the label is None"),
         ("i.jsonl", '{"text": "fine", "label": true}\n', "line 1: the label is True"),
@@ -83,11 +83,12 @@ def test_limit_counts_reviews_that_fit(numbered):
     assert len(load(numbered, limit=99, fits=lambda text: int(text) >= 30).texts) == 20
 
 
-def test_order_is_shuffled_and_depends_on_the_seed_alone(numbered):
-    texts = load(numbered).texts
-    assert texts == load(numbered).texts != load(numbered, seed=43).texts
-    assert texts != sorted(texts, key=int)
-    assert load(numbered, limit=5).texts == texts[:5]
+def test_choice_is_random_by_the_seed_and_keeps_the_order_of_the_file(numbered):
+    chosen, again, other = load(numbered, limit=9), load(numbered, limit=9), load(numbered, limit=9, seed=43)
+    assert chosen.texts == again.texts != other.texts
+    assert chosen.texts == sorted(chosen.texts, key=int) and int(chosen.texts[-1]) > 9
+    assert chosen.rows == [int(text) for text in chosen.texts]
+    assert set(load(numbered, limit=5).texts) < set(chosen.texts), "a smaller limit chooses other reviews"
 
 
 def test_no_review_that_fits_is_refused(numbered):

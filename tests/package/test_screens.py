@@ -32,7 +32,8 @@ CONFIGS = ROOT / "configs"
     [
         (math.nan, "diverged"),
         (11.0, "No better than a uniform guess"),
-        (9.0, "1.82 below a uniform guess, not yet below word frequencies"),
+        (9.0, "1.82 below a uniform guess, not clearly below word frequencies"),
+        (7.45, "3.37 below a uniform guess, not clearly below word frequencies"),
         (6.9, "3.92 below a uniform guess and 0.60 below word frequencies"),
     ],
 )
