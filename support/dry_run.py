@@ -10,19 +10,19 @@ from support.screen import bold, duration
 from support.state import Progress
 from train import StepResult
 
-DRY_RUN_STEPS = 4  # of one micro-batch each; the first one warms up
-
 
 class DryRun:
-    """Times a few steps to say how long all would take. Touches no folder."""
+    """Times a few steps of one micro-batch each to say how long all would take. Touches no folder."""
 
-    end_step, writes_results = DRY_RUN_STEPS, False
+    writes_results = False
     resume_hint = "A dry run saves nothing"
 
     def __init__(self, plan: TrainingPlan):
         self.plan, self.progress = plan, Progress()
-        tokens = plan.setup.tokens_per_step // plan.setup.config.grad_accumulation_steps
-        print(f"  Timing {DRY_RUN_STEPS} micro-batches of {tokens} tokens.\n", flush=True)
+        n = plan.setup.config.grad_accumulation_steps
+        slow = plan.setup.device.type == "cpu" and plan.flops_per_step / n > 1e12  # about a minute each
+        self.end_step = 2 if slow else 6  # the first one warms up
+        print(f"  Timing {self.end_step} micro-batches of {plan.setup.tokens_per_step // n} tokens.\n", flush=True)
         self._times = [time.perf_counter()]
 
     def on_step(self, result: StepResult) -> None:
