@@ -47,9 +47,10 @@ def planned(question: str) -> Iterator[tuple[str, int]]:
         yield from ((setting, 0) for setting in tables.OTHER_RATES)
         return
     yield from ((setting, 0) for setting in tables.settings(question))
-    if question == "2.5":  # for the spread: the best two, and the wider model, whose seeds differ most
+    if question == "2.5":  # for the spread: the best two, and the one of 2.2, whose seeds differ most
+        cosine = next(iter(tables.SCHEDULES))
         best = sorted(tables.settings("2.5"), key=lambda setting: tables.result(setting)["val-loss"])[:2]
-        yield from ((setting, seed) for setting in (*best, "2.5-d64-l8-lr8e-3") for seed in (1, 2))
+        yield from ((setting, seed) for setting in dict.fromkeys([*best, cosine]) for seed in (1, 2))
 
 
 def is_trained(run: str) -> bool:

@@ -103,8 +103,9 @@ def show_sample(run, generate: Callable[[str], str]) -> None:
     """Print a prompt with its continuation `generate(prompt)`, and the next commands to type for a TrainingRun."""
     checkpoint = run.folder / "model.pt"
     try:
+        continuation = generate(SAMPLE_PROMPT)
         print(bold("sample"))
-        show_text(SAMPLE_PROMPT, generate(SAMPLE_PROMPT))
+        show_text(SAMPLE_PROMPT, continuation)
     except Exception as error:  # generate() may be unfinished: no reason to fail after hours of training
         show_note(f"No sample text: generate() raised {type(error).__name__} ({first_line(error)}).")
     print(f"\nNext:\n  python generate.py --prefixes prefixs.json --checkpoint {checkpoint}")

@@ -48,6 +48,7 @@ def test_jsonl(tmp_path):
         ("k.parquet", "PAR1", "neither .csv nor .jsonl"),
         ("l.csv", "text,label\n", "contains no review"),
         ("m.csv", "label,text\n1\n", "line 2: the text is empty"),
+        ("n.csv", "review,stars\nfine,1\n", "line 1: the header 'review', 'stars' lacks text and label"),
     ],
 )
 def test_bad_file_is_refused_with_its_line(tmp_path, name, content, message):
