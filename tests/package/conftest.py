@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-# The scripts of report/ import each other as modules, and so do their tests.
-sys.path.append(str(Path(__file__).resolve().parents[2] / "report"))
+# The scripts of these folders import each other as modules, and so do their tests.
+for folder in ("report", "instructor"):
+    sys.path.append(str(Path(__file__).resolve().parents[2] / folder))
 
 
 @pytest.fixture(autouse=True)

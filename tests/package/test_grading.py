@@ -62,7 +62,7 @@ def autograder(graded, tmp_path_factory):
     """run(files) grades a submission in a layout like Gradescope's; it returns what results.json says."""
     _, folder, _ = graded
     base = tmp_path_factory.mktemp("gradescope") / "autograder"
-    command = [sys.executable, ROOT / "tests/instructor/gradescope.py", folder / "autograder.zip"]
+    command = [sys.executable, ROOT / "instructor/gradescope.py", folder / "autograder.zip"]
     built = subprocess.run([*command, "--test-tokens", folder / "test.npz"], capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     with zipfile.ZipFile(folder / "autograder.zip") as archive:
@@ -111,7 +111,7 @@ def test_gradescope_has_results_whatever_the_hand_in_does(autograder, right_file
 
 
 def test_the_autograder_has_no_solution_unless_it_measures_perplexity(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tests" / "instructor")
+    monkeypatch.syspath_prepend(ROOT / "instructor")
     import gradescope
 
     monkeypatch.setattr(
@@ -120,7 +120,7 @@ def test_the_autograder_has_no_solution_unless_it_measures_perplexity(tmp_path, 
     gradescope.build(tmp_path / "a.zip", None)
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         names = set(archive.namelist())
-    assert {"setup.sh", "run_autograder", "tests/test_model.py", "support/submit.py"} <= names
+    assert {"setup.sh", "run_autograder", "tests/test_model.py", "tests/submit.py"} <= names
     assert not names & {"model.py", "train.py", "generate.py", "classify.py", "test_tokens.npz", "model.pt"}
 
 
@@ -134,7 +134,7 @@ def test_the_autograder_has_no_solution_unless_it_measures_perplexity(tmp_path, 
     ],
 )
 def test_points_of_a_perplexity(found, expected, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tests" / "instructor")
+    monkeypatch.syspath_prepend(ROOT / "instructor")
     import grade
 
     assert grade.perplexity_row(found)["points"] == expected

@@ -198,7 +198,7 @@ def graded(tmp_path_factory):
     code = f"""
 import sys
 from pathlib import Path
-sys.path.insert(0, {str(ROOT / "tests/instructor")!r})
+sys.path.insert(0, {str(ROOT / "instructor")!r})
 import grade
 grade.ROOT, grade.SECONDS, grade.SECONDS_LOADING = Path({str(fake)!r}), {SECONDS}, {SECONDS_LOADING}
 grade.main(sys.argv[1:])

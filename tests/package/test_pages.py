@@ -9,18 +9,18 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from submit import CODE
 
 import train
-from support.submit import CODE
 
 ROOT = Path(train.__file__).parent
 PAGES = {
     "README": ROOT / "README.md",
-    "the student's page": ROOT / "tests/instructor/starter_README.md",
+    "the student's page": ROOT / "instructor/starter_README.md",
     "the instructor's page": ROOT / "docs/grading.md",
 }
 # Not typed: installing, what other long tests run (all tests, the mutants), and what needs a PDF or a GPU.
-LEFT_OUT = re.compile(r"venv|pip install|^pytest tests/$|mutants\.py|support\.submit|pdflatex|^[!%#.]|^srun")
+LEFT_OUT = re.compile(r"venv|pip install|^pytest tests/$|mutants\.py|tests/submit|pdflatex|^[!%#.]|^srun")
 
 
 def commands(page: Path) -> list[str]:

@@ -6,11 +6,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import submit
 import torch
 from tiny_run import KEYS, TinyRun
 
 from model import DecoderLM
-from support import submit
 from support.config import dump_config, load_config
 
 ROOT = submit.ROOT

@@ -1,4 +1,4 @@
-"""The tests tell wrong solutions from right ones: see tests/instructor/mutants.py."""
+"""The tests tell wrong solutions from right ones: see instructor/mutants.py."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-MUTANTS = Path(__file__).resolve().parent / "mutants.py"
+MUTANTS = Path(__file__).resolve().parents[2] / "instructor/mutants.py"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Grade a folder of hand-ins.
 
-    python tests/instructor/grade.py HAND_INS --out grades --test-tokens test.npz
+    python instructor/grade.py HAND_INS --out grades --test-tokens test.npz
 
-HAND_INS has a .zip for each, as `python -m support.submit` packs them. Writes grades/grades.csv, grades/grades.md
+HAND_INS has a .zip for each, as `python tests/submit.py` packs them. Writes grades/grades.csv, grades/grades.md
 and a file for each hand-in. Run again, it grades those that are new or changed, or all if the tests changed.
 
 This process neither reads nor runs a hand-in. examine.py unpacks and reads it; child.py runs the tests on it, in
@@ -35,15 +35,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE)]
 
 import points  # noqa: E402
 from child import report_code  # noqa: E402
+from submit import CODE  # noqa: E402
 
 from support.errors import exit_on_user_error, first_line, require  # noqa: E402
 from support.files import write_atomically  # noqa: E402
-from support.submit import CODE  # noqa: E402
 
 FILES = list(dict.fromkeys(file for _, file in points.GROUPS.values()))
 SECONDS, SECONDS_LOADING = 60, 90  # without a report: while a test runs, and while a file is loaded

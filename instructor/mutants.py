@@ -1,8 +1,8 @@
 """Do the tests tell wrong solutions from right ones?
 
-    python tests/instructor/mutants.py            each wrong solution must fail a test of its part
-    python tests/instructor/mutants.py --quick    one wrong solution of each family
-    python tests/instructor/mutants.py --right    each right solution must get all points
+    python instructor/mutants.py            each wrong solution must fail a test of its part
+    python instructor/mutants.py --quick    one wrong solution of each family
+    python instructor/mutants.py --right    each right solution must get all points
 
 The solutions are edits of the graded files (wrong_solutions.py, right_solutions.py). Each runs in a process of
 its own; a wrong one only against the tests of the part with the mistake, and the first failure is printed as the
@@ -18,7 +18,7 @@ from pathlib import Path
 
 os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # only the tests' own plugins, for speed
 
-TESTS = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parents[1] / "tests"
 SOLUTIONS = Path(__file__).resolve().parent / "solutions"
 sys.path[:0] = [str(TESTS), str(Path(__file__).resolve().parent)]
 

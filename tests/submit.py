@@ -1,6 +1,6 @@
 """Check a solution as the course will, and put it into a zip file.
 
-    python -m support.submit ANDREW_ID --checkpoint outputs/final/model.pt --report answers.pdf
+    python tests/submit.py ANDREW_ID --checkpoint outputs/final/model.pt --report answers.pdf
 
 Prints `[OK]`, or `[FAIL]` with a remedy, for each requirement of the course and for the points of the tests. If
 all are met, or with --force, it writes ANDREW_ID.zip into the current folder.
@@ -19,10 +19,12 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.errors import UserError, exit_on_user_error, require
-from support.files import atomic_file
-from support.paths import ROOT
-from support.screen import bold, heading
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from support.errors import UserError, exit_on_user_error, require  # noqa: E402
+from support.files import atomic_file  # noqa: E402
+from support.screen import bold, heading  # noqa: E402
 
 CODE = ("model.py", "train.py", "generate.py", "classify.py")
 ALLOWED = {"torch", "numpy", "yaml", "wandb", "datasets", "tqdm", "tiktoken"}  # the assignment's packages
@@ -87,7 +89,7 @@ def check_alone(files: dict[str, Path]) -> str:
 
         for name in CODE:
             shutil.copy(files[name], folder)
-        others = shutil.ignore_patterns("package", "instructor", "__pycache__")
+        others = shutil.ignore_patterns("package", "__pycache__")
         shutil.copytree(ROOT / "tests", f"{folder}/tests", ignore=others)
         imported = run("-c", "import model, train, generate, classify")
         error = imported.stderr.strip().rpartition("\n")[2]
@@ -142,7 +144,7 @@ def check_report(files: dict[str, Path], name: str, path: str | None) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the checks and write the zip file."""
-    parser = argparse.ArgumentParser(prog="python -m support.submit", description="Check and pack a solution.")
+    parser = argparse.ArgumentParser(prog="python tests/submit.py", description="Check and pack a solution.")
     parser.add_argument("andrew_id", metavar="ANDREW_ID", help="names the zip file")
     parser.add_argument("--checkpoint", help="your final model.pt (default: the newest in outputs/)")
     parser.add_argument("--report", metavar="PDF", help="your answers (default: the PDF here or in report/)")

@@ -13,7 +13,7 @@ import make_starter
 import points
 import pytest
 
-ROOT = Path(make_starter.__file__).resolve().parents[2]
+ROOT = Path(make_starter.__file__).resolve().parents[1]
 SOLUTIONS = Path(make_starter.__file__).parent / "solutions"
 FULL_POINTS = sum(points for points, _ in points.GROUPS.values())
 
@@ -160,7 +160,7 @@ def test_no_graded_body_is_left_in_any_file(starter):
 def test_what_is_left_out(starter):
     files = {path.relative_to(starter).as_posix() for path in starter.rglob("*") if path.is_file()}
     expected = {"README.md", "prefixs.json", "requirements.txt", "configs/GPT-tiny.yaml", "data/sample.npz"}
-    expected |= {"support/submit.py", "tests/points.py", "tests/checks.py", "tests/conftest.py"}
+    expected |= {"tests/submit.py", "tests/points.py", "tests/checks.py", "tests/conftest.py"}
     expected |= {"report/template.tex", *(f"tests/mistakes/{name}" for name in make_starter.GRADED)}
     expected |= {f"tests/test_{name}" for name in make_starter.GRADED} | set(make_starter.GRADED)
     assert expected <= files, f"missing: {sorted(expected - files)}"

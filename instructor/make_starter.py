@@ -1,6 +1,6 @@
 """Write the student's edition of this package: the same files, with the graded bodies left to write.
 
-    python tests/instructor/make_starter.py OUT_DIR
+    python instructor/make_starter.py OUT_DIR
 
 A graded function keeps its signature and docstring; its body becomes `raise NotImplementedError("question …")`.
 Helpers that only the solution needs are left out. The tables below say what becomes of each definition; one that
@@ -14,7 +14,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 README = Path(__file__).resolve().parent / "starter_README.md"
 
 # What both editions have; a pattern that matches no file is an error.

@@ -1,6 +1,6 @@
 """Build autograder.zip for Gradescope; its run_autograder grades with grade.py.
 
-    python tests/instructor/gradescope.py autograder.zip --test-tokens test.npz
+    python instructor/gradescope.py autograder.zip --test-tokens test.npz
 
 The zip has no solution. Only with test tokens, which question 2.6 is measured on, it has the model and `evaluate`;
 hand-ins run as a separate user, who can read neither these nor the results.
@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 
 import grade  # noqa: E402  (it puts the package on the path)
@@ -23,7 +23,7 @@ from support.errors import exit_on_user_error, first_line  # noqa: E402
 from support.files import atomic_file, json_text, write_atomically  # noqa: E402
 
 PACKED = ("tests/*.py", "tests/mistakes/*.py", "support/*.py", "requirements.txt")
-PACKED += tuple(f"tests/instructor/{name}.py" for name in ("grade", "child", "examine", "gradescope"))
+PACKED += tuple(f"instructor/{name}.py" for name in ("grade", "child", "examine", "gradescope"))
 PACKED_WITH_TOKENS = ("model.py", "train.py", "data/gpt2.tiktoken")
 TEST_TOKENS = "test_tokens.npz"
 SECONDS_IN_ALL, SECONDS_PERPLEXITY = 300, 240  # together less than Gradescope's usual limit of 10 minutes
@@ -38,7 +38,7 @@ RUN = """#!/usr/bin/env bash
 base=$(dirname "$(readlink -f "$0")")
 mkdir -p "$base/results"
 echo '{"score": 0, "output": "The grading did not end. Tell the course staff."}' > "$base/results/results.json"
-exec "${PYTHON:-/opt/grader/bin/python}" "$base/source/tests/instructor/gradescope.py" --run "$base"
+exec "${PYTHON:-/opt/grader/bin/python}" "$base/source/instructor/gradescope.py" --run "$base"
 """
 
 
@@ -49,7 +49,7 @@ def build(out: Path, test_tokens: Path | None) -> None:
     with atomic_file(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
             archive.write(path, path.relative_to(ROOT))
-        archive.writestr("tests/instructor/expected.json", json.dumps(expected))
+        archive.writestr("instructor/expected.json", json.dumps(expected))
         for name, text in (("setup.sh", SETUP), ("run_autograder", RUN)):
             entry = zipfile.ZipInfo(name)
             entry.external_attr = 0o755 << 16

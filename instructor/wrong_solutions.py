@@ -25,7 +25,7 @@ class Mutant(NamedTuple):
     what: str
     part: str  # its tests must fail
     edits: tuple[tuple[str, str], ...]
-    file: str | None = None  # in tests/instructor/solutions/, in place of the package's module
+    file: str | None = None  # in instructor/solutions/, in place of the package's module
 
 
 def mistake(what: str, part: str, *texts: str, file: str | None = None) -> Mutant:
