@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import encode_prompt, inference, last_token_logits, left_pad
+from generate import encode_prompt, left_pad
 from model import DecoderLM
 
 YELP_TEMPLATE = "Here is a review from Yelp: {text}\nOverall, the place was"
 YELP_LABEL_MAP = {0: " bad", 1: " good"}
-TEXTS_PER_SLICE = 1000  # main scores this many at a time; their logits take 200 MB
 
 
 def score(
@@ -29,22 +28,19 @@ def score(
 ) -> torch.Tensor:
     """Logits of the token that follows each text: N texts -> (N, V), row i for texts[i].
 
-    Texts of similar length share a batch, so that little is padding. Of a text longer than n_positions only
-    the last tokens are read. `tokenizer` is a tiktoken.Encoding.
+    Of a text longer than n_positions only the last tokens are read. `tokenizer` is a tiktoken.Encoding.
     """
-    embeddings = model.token_embeddings.weight  # (V, D)
-    logits = embeddings.new_empty(len(texts), len(embeddings))
-    n_positions = model.position_embeddings.num_embeddings
-    prompts = [encode_prompt(tokenizer, text, n_positions) for text in texts]
-    longest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    with inference(model), tqdm(total=len(texts), desc="score", leave=False, disable=None) as bar:
-        for start in range(0, len(prompts), batch_size):
-            indices = longest_first[start : start + batch_size]
-            input_ids, mask = left_pad([prompts[i] for i in indices], tokenizer.eot_token, device)
-            next_logits = last_token_logits(model, model.hidden_states(input_ids, mask))
-            logits[indices] = next_logits.to(logits.dtype)
-            bar.update(len(indices))
-    return logits
+    was_training = model.training
+    model.eval()
+    logits = [torch.empty(0, tokenizer.n_vocab, device=device)]
+    with torch.inference_mode():
+        for start in range(0, len(texts), batch_size):
+            batch = texts[start : start + batch_size]
+            rows = [encode_prompt(tokenizer, text, model.n_positions) for text in batch]
+            input_ids, mask = left_pad(rows, tokenizer.eot_token, device)
+            logits.append(model.token_logits(model.hidden_states(input_ids, mask)[:, -1]))
+    model.train(was_training)
+    return torch.cat(logits)
 
 
 def p_positive(logits: torch.Tensor, tokens_of_interest: list[int]) -> torch.Tensor:
@@ -71,49 +67,50 @@ def classify_binary_sentiment(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Classify reviews, print both accuracies and write classification.json and .png beside the model."""
-    from support.arguments import ArgumentParser, positive_int
+    """Classify reviews, print both accuracies and write classification.csv, .json and .png."""
+    from support import downstream as results
+    from support.arguments import positive_int
     from support.checkpoint import load_trained_model
-    from support.classification import report_classification, show_classification_header
+    from support.data import load_reviews
     from support.errors import exit_on_user_error
-    from support.reviews import load_reviews
-    from support.screen import heading
 
-    parser = ArgumentParser(description="Call reviews good or bad with a trained language model.")
-    parser.add_argument("checkpoint", nargs="?", help="model.pt to use (default: the newest in outputs/)")
-    parser.add_argument("--config", help="training YAML of the model; it is then <output_dir>/model.pt")
+    parser = results.model_arguments("Call reviews good or bad with a trained language model.")
     parser.add_argument("--calibrate", action="store_true", help="write the calibrated predictions")
-    parser.add_argument("--data", help="csv or jsonl with text and label, 'yelp' (the default) or 'sample'")
+    parser.add_argument(
+        "--data", help="csv, jsonl or text file, with or without labels; 'yelp' (default), 'sample'"
+    )
     parser.add_argument("--limit", type=positive_int, default=1000, metavar="N", help="at most N (default: 1000)")
     parser.add_argument("--batch_size", type=positive_int, default=16, metavar="B", help="at once (default: 16)")
-    parser.add_argument("--device", default="auto", help="auto (default), cuda, mps or cpu, as in the YAML")
     args = parser.parse_args(argv)
 
     with exit_on_user_error():
-        heading("classify")
         trained = load_trained_model(args.config, args.checkpoint, args.device)
-        model, tokenizer = trained.model, trained.tokenizer
+        folder = results.results_folder(args.out, trained)
+        model, tokenizer, n_positions = trained.model, trained.tokenizer, trained.config.model_config.n_positions
 
         def fits(text: str) -> bool:
-            return len(tokenizer.encode_ordinary(YELP_TEMPLATE.format(text=text))) <= model.n_positions
+            return len(tokenizer.encode_ordinary(YELP_TEMPLATE.format(text=text))) <= n_positions
 
-        reviews = load_reviews(args.data, args.limit, fits=fits)
-        show_classification_header(trained, reviews, YELP_TEMPLATE, YELP_LABEL_MAP)
+        reviews = load_reviews(args.data, args.limit, fits)
+        results.show_classification_header(trained, reviews, YELP_TEMPLATE, YELP_LABEL_MAP)
 
         prompts = [YELP_TEMPLATE.format(text=text) for text in reviews.texts]
         label_tokens = [tokenizer.encode_ordinary(YELP_LABEL_MAP[label])[0] for label in (0, 1)]
         started = time.perf_counter()
-        columns = []  # of the N x V logits only the two that count are kept
-        for start in range(0, len(prompts), TEXTS_PER_SLICE):
-            texts = prompts[start : start + TEXTS_PER_SLICE]
-            columns.append(score(model, trained.device, tokenizer, texts, args.batch_size)[:, label_tokens])
-        logits = torch.cat(columns).cpu()  # (N, 2)
+        logits = torch.empty(len(prompts), 2)  # of the N x V logits only the two that count are kept
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that little is padding
+        for start in tqdm(range(0, len(prompts), args.batch_size), "score", leave=False, disable=None):
+            rows = by_length[start : start + args.batch_size]
+            texts = [prompts[i] for i in rows]
+            logits[rows] = score(model, trained.device, tokenizer, texts, len(rows))[:, label_tokens].float().cpu()
         seconds = time.perf_counter() - started
 
         p = p_positive(logits, [0, 1])
         predictions = [classify_binary_sentiment(logits, [0, 1], calibrate) for calibrate in (False, True)]
         boundaries = [decision_boundary(p, calibrate) for calibrate in (False, True)]
-        report_classification(trained, reviews, p.numpy(), predictions, boundaries, args.calibrate, seconds)
+        results.report_classification(
+            trained, folder, reviews, p.numpy(), predictions, boundaries, args.calibrate, seconds
+        )
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ import numpy as np
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
 
+from support.data import read_tokens  # noqa: E402
 from support.errors import exit_on_user_error, require  # noqa: E402
 from support.files import atomic_file  # noqa: E402
-from support.text import read_jsonl  # noqa: E402
-from support.token_files import read_tokens  # noqa: E402
+from support.text import read_json  # noqa: E402
 from support.tokenizer import get_tokenizer  # noqa: E402
 
 SAMPLE, HELD_OUT = DATA / "sample.npz", DATA / "heldout-wikipedia.npz"
@@ -67,7 +67,7 @@ def without_overlap(documents: Iterable[str], held_out: Iterable[str]) -> list[s
 
 def build_sample(source: Path) -> None:
     """data/sample.npz: random documents of the source held out, the rest to train on."""
-    texts = [record["text"] for _, record in read_jsonl(source)]
+    texts = [record["text"] for _, record in read_json(Path(source))]
     random.Random(SEED).shuffle(texts)
     n_val, n_tokens = 0, 0
     while n_tokens < N_VAL_TOKENS:

@@ -75,7 +75,7 @@ def perplexity(folder: Path, tokens: Path) -> dict:
     from submit import load_own_model
 
     from support.chunked_loss import loss_module
-    from support.token_files import read_tokens
+    from support.data import read_tokens
     from train import evaluate, sequential_batch_sampler
 
     os.chdir(folder)  # so that messages name model.pt, not its path

@@ -421,7 +421,7 @@ def begin(test_tokens: Path | None, paths: list[Path]) -> tuple[dict, bool]:
     require(sys.platform == "linux", "grading needs Linux, for its limits on processes; use a container")
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     if test_tokens:
-        from support.token_files import read_tokens
+        from support.data import read_tokens
 
         read_tokens(test_tokens, n_vocab=50257)
     return expected_tests(), separate_users([ROOT / "tests", *paths])

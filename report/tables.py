@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from figures import plot_curves, plot_histogram
 
-from support.corpus import load_corpus, unigram_entropy
+from support.data import load_corpus, unigram_entropy
 from support.tokenizer import get_tokenizer
 
 REPORT = Path(__file__).resolve().parent

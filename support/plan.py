@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from tqdm import tqdm
 
-from support.corpus import unigram_entropy
+from support.data import unigram_entropy
 from support.hardware import matrix_product_rate
 from support.screen import count, duration, show_facts, show_note
 from support.setup import Setup

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from support.config import TrainingConfig, load_config
-from support.corpus import Corpus, load_corpus
+from support.data import Corpus, load_corpus
 from support.distribution import World, join_world
 from support.errors import exit_on_user_error, out_of_memory_means
 from support.hardware import Hardware, batches_on, choose_hardware

@@ -11,11 +11,10 @@ import torch
 
 from support.checkpoint import load_archive, to_bytes
 from support.config import load_config
-from support.corpus import Corpus
+from support.data import Corpus, evenly_spaced
 from support.errors import UserError, first_line, is_out_of_memory, require
 from support.files import write_together
 from support.setup import Setup
-from support.token_files import evenly_spaced
 
 FRESH = "start over with --fresh or choose another output_dir"
 

@@ -1,32 +1,55 @@
-"""From text to tokens: files of any size are read and tokenised, one document at a time."""
+"""What people bring: texts, reviews and prompts in files and folders, recognised by their content.
 
+Every reader names the place of what it cannot read in a UserError, which is one sentence.
+"""
+
+import csv
 import gzip
-import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
-from tiktoken import Encoding
 from tqdm import tqdm
 
 from support.errors import UserError, first_line, require
+from support.paths import ROOT
 
 END_OF_TEXT = "<|endoftext|>"
+JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
+
+
+def suffixes(path: Path) -> set[str]:
+    """The suffixes of a file's name in lower case: {".csv", ".gz"}."""
+    return {suffix.lower() for suffix in path.suffixes}
+
+
+def text_files(path: Path) -> list[Path]:
+    """The file itself, or the files of a folder in order of their names, without hidden ones."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    require(bool(files), f"{path}: a folder without texts or tokens; name a folder that has some")
+    return files
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """The documents of a file in their order.
+    """The documents of a file or of a folder's files, in order.
 
-    Those of a .jsonl or .jsonl.gz are the fields `text`; in any other file `<|endoftext|>` separates them.
+    Those of JSON lines or of a JSON list are the fields `text`; in any other file `<|endoftext|>` separates them.
     """
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from (record["text"] for _, record in read_jsonl(path))
-        return
+    for file in text_files(path):
+        if is_json(file):
+            yield from (record["text"] for _, record in read_json(file))
+        else:
+            yield from split_documents(read_lines(file))
+
+
+def split_documents(lines: Iterable[str]) -> Iterator[str]:
+    """The texts between the separators `<|endoftext|>`."""
     parts = []
-    for line in _read_lines(path):
+    for line in lines:
         *ends, rest = line.split(END_OF_TEXT)
         for end in ends:
             yield "".join([*parts, end])
@@ -35,43 +58,117 @@ def read_documents(path: Path) -> Iterator[str]:
     yield "".join(parts)
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of a .jsonl or .jsonl.gz; UserError names a line without a string `text`."""
-    for number, line in enumerate(_read_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        valid = isinstance(record, dict) and isinstance(record.get("text"), str)
-        require(valid, f"{path}, line {number}: not a JSON object with a string 'text'; fix or remove the line")
-        yield number, record
-
-
-def _read_lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file, which may be compressed with gzip; of a large one, shows a progress bar."""
-    bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, delay=1, disable=None)
+    number = 0
     try:
+        bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, delay=1, disable=None)
         with path.open("rb") as raw, bar:
-            binary = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-            for line in io.TextIOWrapper(binary, encoding="utf-8-sig"):
-                yield line
+            is_gzip = raw.peek(2)[:2] == b"\x1f\x8b"
+            for number, line in enumerate(gzip.GzipFile(fileobj=raw) if is_gzip else raw, start=1):
+                yield line.decode("utf-8" if number > 1 else "utf-8-sig").replace("\r\n", "\n")
                 bar.update(raw.tell() - bar.n)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else first_line(error)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}, line {number}: not UTF-8 text; save it as UTF-8 (Excel: CSV UTF-8)") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: cannot be read ({reason}); give another file") from None
 
 
-def tokenise(documents: Iterable[str], tokenizer: Encoding, file: BinaryIO) -> Iterator[int]:
-    """Write the tokens to `file` as bare uint16, `<|endoftext|>` after each document; yield each one's length."""
-    for text in documents:
-        if text.strip():
-            tokens = [*tokenizer.encode_ordinary(text), tokenizer.eot_token]
-            file.write(np.array(tokens, dtype="<u2").tobytes())
-            yield len(tokens)
+def is_json(path: Path) -> bool:
+    """Whether a file is JSON: by its name, or because its first line is a JSON object."""
+    if suffixes(path) & JSON_SUFFIXES:
+        return True
+    first = next(filter(str.strip, read_lines(path)), "")
+    try:
+        return first.lstrip().startswith("{") and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
-def n_held_out(n_tokens: int) -> int:
-    """How many of a text's tokens, its last ones, are held out: 1%, but at least 65,536 or 10%, the smaller."""
-    return max(-(-n_tokens // 100), min(65_536, -(-n_tokens // 10)))
+def read_json(path: Path, key: str = "text") -> Iterator[tuple[str, dict]]:
+    """(place, object) for each entry of JSON lines or of a JSON list. A string counts as {key: string}."""
+    lines = ((f"{path}, line {n}", line) for n, line in enumerate(read_lines(path), start=1) if line.strip())
+    first = next(lines, (str(path), "[]"))
+    if first[1].lstrip().startswith("["):
+        text = "".join(line for _, line in chain([first], lines))
+        entries = ((f"{path}, entry {n}", entry) for n, entry in enumerate(parse_json(str(path), text), start=1))
+    else:
+        entries = ((place, parse_json(place, line)) for place, line in chain([first], lines))
+    for place, entry in entries:
+        record = {key: entry} if isinstance(entry, str) else entry
+        valid = isinstance(record, dict) and isinstance(record.get(key), str)
+        require(valid, f"{place}: neither a string nor an object with a string '{key}'; fix or remove it")
+        yield place, record
+
+
+def parse_json(place: str, text: str):
+    """The value; a UserError names the place."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: invalid JSON ({first_line(error)}); give a list or one object a line") from None
+
+
+def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """(place, record) for each row of a csv with a column `text`, separated by commas, semicolons or tabs."""
+    csv.field_size_limit(2**31 - 1)
+    lines = read_lines(path)
+    first = next(lines, "")
+    rows = csv.reader(chain([first], lines), delimiter=max(",;\t", key=first.count), strict=True)
+    # strict: an open quote would swallow the rest of the file
+    try:
+        header = [name.strip().lower() for name in next(rows, [])]
+        problem = f"{path}, line 1: no column 'text' in the header {', '.join(header)[:80] or '(empty)'}"
+        require("text" in header, f"{problem}; name the columns text and label")
+        for row in filter(None, rows):
+            place = f"{path}, line {rows.line_num}"
+            problem = f"{place}: more fields than columns; put a text that has commas into double quotes"
+            require(len(row) <= len(header), problem)
+            yield place, dict(zip(header, row, strict=False))  # a short row lacks a label
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: invalid csv ({error}); fix it") from None
+
+
+def read_reviews(path: Path) -> Iterator[tuple[str, int | None]]:
+    """(text, label) of each row of a csv, parquet or JSON file, or (line, None) of each line of another text file.
+
+    The label is 0 or 1, or None if there is none.
+    """
+    if path.suffix == ".parquet":
+        records = read_parquet(path)
+    elif suffixes(path) & {".csv", ".tsv"}:
+        records = read_csv(path)
+    elif is_json(path):
+        records = read_json(path)
+    else:
+        lines = ((f"{path}, line {n}", line.strip()) for n, line in enumerate(read_lines(path), start=1))
+        records = ((place, {"text": line}) for place, line in lines if line)
+    for place, record in records:
+        require(bool(record["text"].strip()), f"{place}: the text is empty; add it or remove the line")
+        label = record.get("label")
+        known = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, "None": None}
+        require(str(label).strip() in known, f"{place}: the label is {label}; it must be 0 or 1")
+        yield record["text"], known[str(label).strip()]
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
+    """(place, record) for each row of a parquet file with a column `text`, such as Yelp polarity's."""
+    from pyarrow import parquet  # comes with datasets
+
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except Exception as error:  # pyarrow raises many types for a file that is not parquet
+        raise UserError(f"{path}: cannot be read as parquet ({first_line(error)}); give another file") from None
+    for n, row in enumerate(rows, start=1):
+        require(isinstance(row.get("text"), str), f"{path}, row {n}: no string in a column 'text'")
+        # Line breaks and quotes are escaped in Yelp's data.
+        yield f"{path}, row {n}", {**row, "text": row["text"].replace("\\n", "\n").replace('\\"', '"')}
+
+
+def read_prefixes(path: str | None) -> list[str]:
+    """The prompts of a JSON list or JSON lines, by default prefixs.json: strings, or {"prefix": "…"}."""
+    path = Path(path or ROOT / "prefixs.json")
+    prefixes = [record["prefix"] for _, record in read_json(path, "prefix")]
+    require(bool(prefixes), f"{path}: contains no prefix; give a JSON list of strings")
+    return prefixes

@@ -9,16 +9,39 @@ Use `encode_ordinary` for text from outside: it reads a literal `<|endoftext|>` 
 
 import base64
 import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import BinaryIO
 
+import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from support.errors import require
+from support.errors import UserError, require
+from support.files import atomic_file, write_atomically
 from support.paths import DATA
+from support.text import read_documents, text_files
 
+SPLITS = ("train", "val")
+FORMAT = 6  # raise it when the split or the tokenisation changes: texts are then converted again
 VOCABULARY = DATA / "gpt2.tiktoken"
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+
+
+class Tokenizer(tiktoken.Encoding):
+    """A tiktoken.Encoding that cuts runs of blanks to 1,000: half a million of them crash tiktoken."""
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """The token ids of the text."""
+        return super().encode_ordinary(re.sub(r"(\s{1000})\s+", r"\1", text))
+
+    def encode(self, text: str, **special) -> list[int]:
+        """The token ids of the text; `special` is as in tiktoken."""
+        return super().encode(re.sub(r"(\s{1000})\s+", r"\1", text), **special)
 
 
 @lru_cache
@@ -34,10 +57,50 @@ def get_tokenizer(name: str = "gpt2") -> tiktoken.Encoding:
     remedy = "restore it with `git checkout -- data/gpt2.tiktoken`"
     require(intact, f"{VOCABULARY}: missing or altered (wrong sha256); {remedy}")
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, vocabulary.splitlines())}
-    return tiktoken.Encoding(
+    return Tokenizer(
         name="gpt2",
         pat_str=r50k_pat_str,
         mergeable_ranks=ranks,
         special_tokens={"<|endoftext|>": 50256},
         explicit_n_vocab=50257,
     )
+
+
+def tokenise(documents: Iterable[str], tokenizer: tiktoken.Encoding, file: BinaryIO) -> Iterator[int]:
+    """Write the tokens to `file` as bare uint16, `<|endoftext|>` after each document; yield each one's length."""
+    for text in documents:
+        if text.strip():
+            tokens = [*tokenizer.encode_ordinary(text), tokenizer.eot_token]
+            file.write(np.array(tokens, dtype="<u2").tobytes())
+            yield len(tokens)
+
+
+def n_held_out(n_tokens: int) -> int:
+    """How many of a text's tokens, its last ones, are held out: 1%, but at least 65,536 or 10%, the smaller."""
+    return max(-(-n_tokens // 100), min(65_536, -(-n_tokens // 10)))
+
+
+def token_folder(path: Path) -> Path:
+    """The token folder of a text or of a folder of texts, made now unless it fits the text already."""
+    folder = path.with_name(f"{path.name}.tokens")
+    note = folder / "source.json"  # written last
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in text_files(path)]
+    source = json.dumps({"format": FORMAT, "files": facts}) + "\n"
+    if note.exists() and note.read_text(errors="replace") == source:
+        return folder
+    try:
+        spool = TemporaryFile(dir=path.parent)  # noqa: SIM115
+    except OSError as error:
+        problem = f"{path.parent}: the tokens of the text cannot be written there ({error.strerror})"
+        raise UserError(f"{problem}; copy the text to a folder of yours") from None
+    with spool:
+        n_tokens = sum(tokenise(read_documents(path), get_tokenizer(), spool))
+        require(n_tokens > 0, f"{path}: contains no text to train on; give a file with text")
+        spool.flush()
+        folder.mkdir(exist_ok=True)
+        tokens = np.memmap(spool, dtype="<u2", mode="r")
+        for split, part in zip(SPLITS, np.split(tokens, [n_tokens - n_held_out(n_tokens)]), strict=True):
+            with atomic_file(folder / f"{split}.npy") as file:
+                np.save(file, part)
+    write_atomically(note, source)
+    return folder

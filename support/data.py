@@ -1,0 +1,214 @@
+"""Data sets: tokens to train on, and reviews to classify.
+
+Tokens are the splits `train` and `val`, 1-D integer arrays, in one .npz or as .npy files in a folder. An .npz is
+loaded; a folder is memory-mapped, so its size affects neither the start nor the memory of a run. A text is
+converted once to such a folder, `<name>.tokens` beside it, and again when the text has changed.
+"""
+
+import random
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.lib import format as npy
+
+from support.errors import UserError, first_line, require
+from support.paths import DATA
+from support.text import read_reviews, suffixes
+from support.tokenizer import SPLITS, token_folder
+
+# Dataset repositories on the Hugging Face Hub, and the one file of each that is needed.
+C4 = ("yimingzhang/llms-hw2", "tokens.npz")
+YELP = ("fancyzhx/yelp_polarity", "plain_text/test-00000-of-00001.parquet")
+
+C4_NOTE = "The course's own validation set is another part of C4, so compare perplexities with a margin."
+YELP_NOTE = "The bundled sample has product reviews: its accuracies are not comparable with Yelp's."
+
+
+def hub_file(repo: str, filename: str) -> tuple[Path | None, str]:
+    """(data/<filename>, ""), downloaded from the Hub if it is not there; (None, reason) if that fails."""
+    path = DATA / filename
+    if path.exists():
+        return path, ""
+    try:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+        # Asked first and alone: the download itself tries an unreachable Hub for more than a minute.
+        # The files are public, and an expired token would be refused: token=False.
+        facts = get_hf_file_metadata(hf_hub_url(repo, filename, repo_type="dataset"), token=False, timeout=8)
+        print(f"Downloading {filename} of {repo} to data/, {facts.size / 1e6:,.1f} MB, once.", flush=True)
+        hf_hub_download(repo, filename, repo_type="dataset", local_dir=DATA, token=False)
+        return path, ""
+    except Exception as error:  # a broken connection, a full disk: the client raises dozens of types
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        return None, f"{repo} is not in data/ and cannot be downloaded ({reason:.120})"
+
+
+# --- Tokens ---
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Tokens to train on and to evaluate on: 1-D integer arrays, those of a folder memory-mapped."""
+
+    name: str
+    train: np.ndarray
+    val: np.ndarray
+    note: str | None = None  # what the reader of the results must know; printed loudly
+
+    def require_rows(self, seq_len: int, splits: tuple[str, ...]) -> None:
+        """Raise UserError unless each of the splits has at least one row of seq_len tokens."""
+        for split in splits:
+            n_tokens = len(getattr(self, split))
+            problem = f"the {split} split has {n_tokens} tokens, fewer than one row of seq_len = {seq_len}"
+            require(n_tokens >= seq_len, f"{self.name}: {problem}; use more data or a smaller seq_len")
+
+    def n_predictions(self, seq_len: int) -> int:
+        """Tokens of val that are predicted when it is cut into rows of seq_len tokens."""
+        return len(self.val) // seq_len * (seq_len - 1)
+
+
+def load_corpus(data: str | None, n_vocab: int) -> Corpus:
+    """The corpus that the key or flag `data` names; its token ids are in [0, n_vocab).
+
+    `data` is the path of an .npz, a token folder, or a text, JSON lines or a folder of these; 'sample'; or 'c4',
+    which is data/tokens.npz, downloaded if it is not there. None means c4, or the sample if c4 is not available.
+    Raises UserError for data that cannot be read or has no tokens.
+    """
+    note = None
+    if data in (None, "c4"):
+        path, problem = hub_file(*C4)
+        if path:
+            return Corpus("C4 (data/tokens.npz)", *read_tokens(path, n_vocab))
+        require(data is None, f"data: c4: {problem}; put the file there, or use data: sample")
+        data, note = "sample", f"NOTE: {problem}, so this trains on the bundled sample of C4. {C4_NOTE}"
+    if data == "sample":
+        return Corpus("bundled sample of C4", *read_tokens(DATA / "sample.npz", n_vocab), note)
+    known = "a token file or folder, a text or jsonl file, 'sample' or 'c4'"
+    require(Path(data).exists(), f"data: {data}: no such file or folder; give {known}")
+    return Corpus(data, *read_tokens(Path(data), n_vocab))
+
+
+def read_tokens(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    """`train` and `val` of an .npz, a token folder or a text. If an .npz has only `val`, train is empty.
+
+    Raises UserError if the path cannot be read or contains anything but token ids in [0, n_vocab).
+    """
+    if path.is_dir() and any(path.glob("*.npy")):
+        return _read_folder(path, n_vocab)
+    if suffixes(path) & {".npz"}:
+        return _read_npz(path, n_vocab)
+    return _read_folder(token_folder(path.resolve()), n_vocab)
+
+
+def evenly_spaced(tokens: np.ndarray, at_most: int = 1 << 24) -> Iterator[np.ndarray]:
+    """The tokens in slices of 65,536: all of them, or evenly spaced ones with about `at_most` tokens in all."""
+    starts = range(0, len(tokens), 1 << 16)
+    for start in starts[:: -(-len(tokens) // at_most)]:
+        yield tokens[start : start + (1 << 16)]
+
+
+def unigram_entropy(tokens: np.ndarray, n_vocab: int) -> float:
+    """Entropy of the token frequencies in nats: the loss of a guess that knows only these frequencies.
+
+    Of more than 2^24 tokens only that many are counted, which lowers the result by about V / 2^25 nats.
+    """
+    counts = np.zeros(n_vocab, dtype=np.int64)
+    for part in evenly_spaced(tokens):
+        counts += np.bincount(part.astype(np.int64), minlength=n_vocab)
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def _read_folder(folder: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    splits = []
+    for path in (folder / f"{split}.npy" for split in SPLITS):
+        try:
+            tokens = npy.open_memmap(path, mode="r")  # never unpickles
+        except Exception as error:  # numpy raises many types for a file that is not an array
+            raise UserError(f"{path}: not a numpy array ({first_line(error)}); build the folder again") from None
+        _check_tokens(tokens, str(path), n_vocab)
+        splits.append(tokens)
+    return splits[0], splits[1]
+
+
+def _read_npz(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    remedy = "download it again or build it with data/prepare.py"
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            found = archive.files
+            # Reading an array checks its CRC. A member that is not an array is read as bytes.
+            splits = {key: np.asarray(archive[key]) for key in SPLITS if key in found}
+    except Exception as error:  # zipfile, zlib and numpy raise many types; a damaged size is a MemoryError
+        reason = first_line(error) if zipfile.is_zipfile(path) else "it is not a zip archive"
+        raise UserError(f"{path}: not an .npz file, damaged or too large ({reason}); {remedy}") from None
+    for key in ("val",) if found == ["val"] else SPLITS:
+        require(key in found, f"{path}: '{key}' is missing, found {', '.join(found) or 'nothing'}; {remedy}")
+        _check_tokens(splits[key], f"{path}: '{key}'", n_vocab)
+    return splits.get("train", np.empty(0, np.uint16)), splits["val"]
+
+
+def _check_tokens(tokens: np.ndarray, where: str, n_vocab: int) -> None:
+    require(
+        tokens.dtype.kind in "iu" and tokens.ndim == 1 and len(tokens) > 0,
+        f"{where} has type {tokens.dtype} and shape {tokens.shape}, but tokens are a non-empty 1-D array of "
+        "integers; build the file with data/prepare.py",
+    )
+    # Of a file that stays on the disk, evenly spaced parts are enough to notice another tokenizer.
+    parts = list(evenly_spaced(tokens)) if isinstance(tokens, np.memmap) else [tokens]
+    smallest, largest = min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
+    require(
+        smallest >= 0 and largest < n_vocab,
+        f"{where} contains the token id {smallest if smallest < 0 else largest}, but the tokenizer's ids are "
+        f"0 to {n_vocab - 1}; tokenise the text with the tokenizer of the configuration",
+    )
+
+
+# --- Reviews ---
+
+
+@dataclass(frozen=True)
+class Reviews:
+    """Texts to classify, with their labels (0 negative, 1 positive) if these are known."""
+
+    name: str
+    texts: list[str]
+    labels: list[int] | None
+    rows: list[int]  # their positions in the data, from 0
+    n_read: int  # reviews tried until these were found
+    note: str | None  # what the reader of the results must know; printed loudly
+
+
+def load_reviews(data: str | None, limit: int, fits: Callable[[str], bool], seed: int = 42) -> Reviews:
+    """At most `limit` random reviews for which `fits(text)` is true, in the order of the data.
+
+    `data` is a csv, JSON lines, or a text file with one text a line; 'yelp' (Yelp polarity's test split) or
+    'sample'. None means yelp, or the sample with a note if Yelp is not available. Texts without labels are all
+    returned. Raises UserError for a bad file or if no review fits.
+    """
+    name, path, note = data, Path(data or ""), None
+    if data in (None, "yelp"):
+        name = "Yelp polarity, test split"
+        path, problem = hub_file(*YELP)
+        require(path is not None or data is None, f"--data yelp: {problem}; put it there, or give --data sample")
+        if path is None:
+            data, note = "sample", f"NOTE: {problem}, so this is NOT Yelp. {YELP_NOTE}"
+    if data == "sample":
+        name, path = "bundled sample of product reviews", DATA / "reviews.jsonl"
+    reviews = list(read_reviews(path))
+    require(bool(reviews), f"{name}: contains no review; add some or give another file")
+    labelled = [label is not None for _, label in reviews]
+    require(all(labelled) or not any(labelled), f"{name}: some of the texts lack a label; label all or none")
+    if not any(labelled):
+        return Reviews(name, [text for text, _ in reviews], None, list(range(len(reviews))), len(reviews), note)
+    shuffled = list(range(len(reviews)))
+    random.Random(seed).shuffle(shuffled)
+    fitting = list(islice((n for n, row in enumerate(shuffled) if fits(reviews[row][0])), limit))
+    require(bool(fitting), f"{name}: none of the {len(reviews)} reviews fits the model; use shorter ones")
+    n_read = fitting[-1] + 1 if len(fitting) == limit else len(reviews)
+    rows = sorted(shuffled[n] for n in fitting)
+    texts, labels = zip(*(reviews[row] for row in rows), strict=True)
+    return Reviews(name, list(texts), list(labels), rows, n_read, note)
