@@ -2,17 +2,15 @@
 
     python generate.py --prefixes prefixs.json                       greedy: the likeliest token at each step
     python generate.py --prompt "Once upon a time" "The city"        texts of your own
-    python generate.py --interactive                                 type them, one a line
-    python generate.py outputs/GPT-tiny/model.pt --temperature 0.8 --seed 1                     sampled
+    python generate.py --interactive                                 typed one by one
+    python generate.py outputs/GPT-tiny/model.pt --temperature 0.8 --seed 1              sampled
 
-Shapes: B sequences in a batch, S tokens in each, V vocabulary size, P the longest sequence that the
-model can read (n_positions).
+Shapes: B sequences in a batch, S tokens in each, V vocabulary size, P the model's n_positions.
 """
 
 import re
 import time
 from collections.abc import Callable
-from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +36,9 @@ def softmax_with_temperature(logits: torch.Tensor, temperature: float) -> torch.
 def keep_likely(probs: torch.Tensor, top_k: int | None = None, top_p: float | None = None) -> torch.Tensor:
     """Cut the tail off the distribution and scale the rest, so that it sums to one again: (B, V) -> (B, V).
 
-    top_k keeps the k likeliest tokens (Fan et al. 2018, "Hierarchical Neural Story Generation"); top_p, or
-    nucleus sampling, keeps the fewest likeliest tokens with total probability p or more (Holtzman et al.
-    2020, "The Curious Case of Neural Text Degeneration"). With both, a token has to pass both.
+    top_k keeps the k likeliest tokens (Fan et al. 2018, "Hierarchical Neural Story Generation"), top_p the
+    fewest likeliest ones with total probability p or more (nucleus sampling, Holtzman et al. 2020, "The
+    Curious Case of Neural Text Degeneration"). With both, a token has to pass both.
     """
     if top_k is None and top_p is None:
         return probs
@@ -60,13 +58,8 @@ def encode_prompt(tokenizer, text: str, n_positions: int) -> list[int]:
     return tokenizer.encode_ordinary(text)[-n_positions:] or [tokenizer.eot_token]
 
 
-def left_pad(
-    rows: list[list[int]], pad_token: int, device: torch.device | str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad rows of token ids on the left: (B, S) ids and (B, S) mask with 1.0 = real token.
-
-    On the left, so that the last column holds the last token of every row.
-    """
+def left_pad(rows: list[list[int]], pad_token: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad on the left, so that the last column is every row's last token: (B, S) ids, (B, S) mask, 1.0 = real."""
     S = max(map(len, rows))
     input_ids = torch.tensor([[pad_token] * (S - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0.0] * (S - len(row)) + [1.0] * len(row) for row in rows], device=device)
@@ -90,14 +83,10 @@ def generate(
 
     Each new token depends on exactly the last P tokens, or on all while there are fewer. A row ends at
     `<|endoftext|>`, which is not part of its text. Temperature 0 is greedy; otherwise tokens are drawn from
-    torch's global generator. `tokenizer` is a tiktoken.Encoding. next_token_logits maps input_ids (B, S) and
-    attention_mask (B, S) to the logits (B, V) of the token that follows each row; without it the model is asked.
+    torch's global generator. next_token_logits maps input_ids (B, S) and attention_mask (B, S) to the logits
+    (B, V) of the token that follows each row; without it the model is asked. `tokenizer` is a tiktoken.Encoding.
     """
-    if next_token_logits is None:
-
-        def next_token_logits(input_ids, attention_mask):
-            return model(input_ids, attention_mask)[:, -1]
-
+    next_token_logits = next_token_logits or (lambda input_ids, mask: model(input_ids, mask)[:, -1])
     P, eot_token = model.n_positions, tokenizer.eot_token
     was_training = model.training
     model.eval()
@@ -130,12 +119,10 @@ def main(argv: list[str] | None = None) -> None:
     """Continue prompts, print the texts and write generation.jsonl."""
     from support import downstream as results
     from support.arguments import positive_int, probability_mass, seed, temperature
-    from support.checkpoint import load_trained_model
     from support.decoding import choose_decoder
     from support.errors import exit_on_user_error
-    from support.text import read_prefixes
 
-    parser = results.model_arguments("Continue prompts with a trained language model.")
+    parser = results.model_arguments("Continue prompts with a trained language model.", batch_size=8)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prefixes", metavar="FILE", help="JSON list or JSON lines (default: prefixs.json)")
     source.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="texts to continue")
@@ -146,22 +133,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--top_p", type=probability_mass, metavar="P", help="sample from the likeliest of mass P")
     parser.add_argument("--seed", type=seed, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--num_samples", type=positive_int, default=1, metavar="N", help="per prompt (default: 1)")
-    parser.add_argument("--batch_size", type=positive_int, default=8, metavar="B", help="at once (default: 8)")
     args = parser.parse_args(argv)
 
     with exit_on_user_error():
-        groups = results.typed_prompts() if args.interactive else [args.prompt or read_prefixes(args.prefixes)]
-        trained = load_trained_model(args.config, args.checkpoint, args.device)
-        folder = results.results_folder(args.out, trained)
+        groups = results.prompt_groups(args)
+        trained, folder = results.load_model(args)
         results.show_generation_header(trained, args)
-        options = {"top_k": args.top_k, "top_p": args.top_p, "next_token_logits": choose_decoder(trained)}
-        if "next_token_logits" not in signature(generate).parameters:  # a generate() as in the handout
-            options = {name: value for name in ("top_k", "top_p") if (value := options[name]) is not None}
+        options = {"top_k": args.top_k, "top_p": args.top_p} if args.top_k or args.top_p else {}
+        options |= choose_decoder(trained, generate)
 
         torch.manual_seed(args.seed)
         started, pairs = time.perf_counter(), []
-        for group in groups:
-            prompts = [prompt for prompt in group for _ in range(args.num_samples)]
+        for prompts in groups:  # a single one, unless they are typed
             settings = args.batch_size, args.max_new_tokens, args.temperature
             texts = generate(trained.model, trained.device, trained.tokenizer, prompts, *settings, **options)
             pairs += results.show_texts(trained, prompts, texts)

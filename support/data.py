@@ -6,6 +6,7 @@ converted once to such a folder, `<name>.tokens` beside it, and again when the t
 """
 
 import random
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from numpy.lib import format as npy
 
 from support.errors import UserError, first_line, require
 from support.paths import DATA
-from support.text import read_reviews, suffixes
 from support.tokenizer import SPLITS, token_folder
 
 # Dataset repositories on the Hugging Face Hub, and the one file of each that is needed.
@@ -43,8 +43,8 @@ def hub_file(repo: str, filename: str) -> tuple[Path | None, str]:
         hf_hub_download(repo, filename, repo_type="dataset", local_dir=DATA, token=False)
         return path, ""
     except Exception as error:  # a broken connection, a full disk: the client raises dozens of types
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        return None, f"{repo} is not in data/ and cannot be downloaded ({reason:.120})"
+        reason = re.sub(r"https?://[^\s:]+", "the Hub", f"{type(error).__name__}: {first_line(error)}")
+        return None, f"{repo} is not in data/ and cannot be downloaded ({reason:.80})"
 
 
 # --- Tokens ---
@@ -99,7 +99,7 @@ def read_tokens(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
     """
     if path.is_dir() and any(path.glob("*.npy")):
         return _read_folder(path, n_vocab)
-    if suffixes(path) & {".npz"}:
+    if path.suffix.lower() == ".npz":
         return _read_npz(path, n_vocab)
     return _read_folder(token_folder(path.resolve()), n_vocab)
 
@@ -198,6 +198,8 @@ def load_reviews(data: str | None, limit: int, fits: Callable[[str], bool], seed
             data, note = "sample", f"NOTE: {problem}, so this is NOT Yelp. {YELP_NOTE}"
     if data == "sample":
         name, path = "bundled sample of product reviews", DATA / "reviews.jsonl"
+    from support.text import read_reviews
+
     reviews = list(read_reviews(path))
     require(bool(reviews), f"{name}: contains no review; add some or give another file")
     labelled = [label is not None for _, label in reviews]

@@ -8,8 +8,10 @@ the model on the new tokens only.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 
 import torch
+from tqdm import tqdm
 
 from model import DecoderLM
 from support.checkpoint import TrainedModel
@@ -89,10 +91,11 @@ class CachedDecoder:
                 vars(module).pop(name, None)
 
 
-def choose_decoder(trained: TrainedModel) -> NextTokenLogits:
-    """The CachedDecoder if it gives the model's own logits on a small batch; else, with a note, the model itself.
+def choose_decoder(trained: TrainedModel, generate: Callable) -> dict[str, NextTokenLogits]:
+    """The argument next_token_logits of generate(), if it has one: a CachedDecoder, or the model itself.
 
-    Raises RunStopped if the logits are not finite, now or later.
+    The model itself, with a note, if the cache does not give its own logits on a small batch. Raises RunStopped if
+    the logits are not finite, now or later.
     """
     model = trained.model
 
@@ -117,7 +120,9 @@ def choose_decoder(trained: TrainedModel) -> NextTokenLogits:
                 show_note(f"Generating without cached keys and values, which do not fit this model.py: {problem}.")
                 decoder = plain
                 break
-    return lambda input_ids, attention_mask: _finite(decoder(input_ids, attention_mask))
+    if "next_token_logits" not in signature(generate).parameters:  # it has the handout's arguments only
+        return {}
+    return {"next_token_logits": lambda input_ids, attention_mask: _finite(decoder(input_ids, attention_mask))}
 
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:
@@ -125,4 +130,21 @@ def _finite(logits: torch.Tensor) -> torch.Tensor:
         raise RunStopped(
             "the model's logits are not finite numbers: its training diverged; use another checkpoint"
         )
+    return logits
+
+
+def score_by_length(
+    score: Callable, trained: TrainedModel, texts: list[str], batch_size: int, tokens: list[int]
+) -> torch.Tensor:
+    """The logits of these tokens after each text, (N, len(tokens)), from score().
+
+    Texts of similar length share a batch, so that little is padding; of the (N, V) logits only these are kept.
+    """
+    logits = torch.empty(len(texts), len(tokens))
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for start in tqdm(range(0, len(texts), batch_size), "score", leave=False, disable=None):
+        rows = order[start : start + batch_size]
+        batch = [texts[i] for i in rows]
+        scores = score(trained.model, trained.device, trained.tokenizer, batch, batch_size)
+        logits[rows] = _finite(scores[:, tokens].float().cpu())
     return logits

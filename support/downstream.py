@@ -7,24 +7,26 @@ import os
 import shlex
 import sys
 from argparse import SUPPRESS, Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import numpy as np
+import torch
 
-from support.arguments import ArgumentParser
-from support.checkpoint import TrainedModel
+from support.arguments import ArgumentParser, positive_int
+from support.checkpoint import TrainedModel, load_trained_model
 from support.data import Reviews
-from support.errors import RunStopped, UserError, first_line
+from support.errors import UserError, first_line
 from support.files import atomic_file, json_text, write_atomically
 from support.paths import ROOT
 from support.screen import bold, heading, show_facts, show_note, show_text
+from support.text import read_prefixes
 
 KINDS = ("without calibration", "with calibration")
 
 
-def model_arguments(description: str) -> ArgumentParser:
+def model_arguments(description: str, batch_size: int) -> ArgumentParser:
     """A parser with the arguments that say which model to use, and where its results go."""
     parser = ArgumentParser(description=description)
     text = "model.pt to use, or its folder (default: the newest in outputs/)"
@@ -32,20 +34,23 @@ def model_arguments(description: str) -> ArgumentParser:
     parser.add_argument("--checkpoint", metavar="PATH", help="the same as a flag")
     parser.add_argument("--config", help="training YAML of the model; it is then <output_dir>/model.pt")
     parser.add_argument("--device", default="auto", help="auto (default), cuda, mps or cpu, as in the YAML")
+    text = f"at once (default: {batch_size})"
+    parser.add_argument("--batch_size", type=positive_int, default=batch_size, metavar="B", help=text)
     parser.add_argument("--out", metavar="FOLDER", help="where results are written (default: beside the model)")
     return parser
 
 
-def results_folder(out: str | None, trained: TrainedModel) -> Path:
-    """The folder for the results, created if --out names a new one; UserError if it cannot be written to."""
-    folder = Path(out) if out else trained.path.parent
+def load_model(args: Namespace) -> tuple[TrainedModel, Path]:
+    """The model that the arguments name, and the folder for its results; UserError if it cannot be written to."""
+    trained = load_trained_model(args.config, args.checkpoint, args.device)
+    folder = Path(args.out) if args.out else trained.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()
     except OSError as error:
         problem = f"{folder}: results cannot be written there ({error.strerror})"
         raise UserError(f"{problem}; name another folder with --out") from None
-    return folder
+    return trained, folder
 
 
 def show_next(*commands: list[str]) -> None:
@@ -59,28 +64,30 @@ def show_next(*commands: list[str]) -> None:
 # --- generate.py ---
 
 
+def prompt_groups(args: Namespace) -> Iterable[list[str]]:
+    """The prompts that are continued together: all of them, or each line of standard input as it comes."""
+
+    def repeated(prompts: list[str]) -> list[str]:
+        return [prompt for prompt in prompts for _ in range(args.num_samples)]
+
+    if not args.interactive:
+        return [repeated(args.prompt or read_prefixes(args.prefixes))]
+    if sys.stdin.isatty():
+        print("Type a prompt and press Enter; end with Ctrl-D (on Windows Ctrl-Z and Enter).", flush=True)
+    return (repeated([line.rstrip("\n")]) for line in sys.stdin if line.strip())
+
+
 def show_generation_header(trained: TrainedModel, args: Namespace) -> None:
     """Print which model generates, and how it samples."""
-    parts = ["greedy (temperature 0)" if args.temperature == 0 else f"temperature {args.temperature:g}"]
-    parts += [f"top_k {args.top_k}"] if args.top_k else []
-    parts += [f"top_p {args.top_p:g}"] if args.top_p else []
-    parts += [f"seed {args.seed}"] if args.temperature > 0 else []
-    parts += [f"up to {args.max_new_tokens} new tokens"]
+    sampling = f"greedy (temperature 0), up to {args.max_new_tokens} new tokens"
+    if args.temperature > 0:
+        names = ("temperature", "top_k", "top_p", "seed")
+        parts = [f"{name} {getattr(args, name):g}" for name in names if getattr(args, name) is not None]
+        sampling = ", ".join([*parts, f"up to {args.max_new_tokens} new tokens"])
+    elif args.top_k or args.top_p or args.seed or args.num_samples > 1:
+        sampling += "; flags of sampling have no effect without --temperature"
     heading("generate")
-    show_facts({**trained.facts(), "sampling": ", ".join(parts)})
-    defaults = {"top_k": None, "top_p": None, "seed": 0, "num_samples": 1}
-    unused = [f"--{name}" for name, default in defaults.items() if getattr(args, name) != default]
-    if unused and args.temperature == 0:
-        show_note(f"{', '.join(unused)}: no effect at temperature 0; sample with --temperature 0.8, for example.")
-
-
-def typed_prompts() -> Iterator[list[str]]:
-    """Each line of standard input as a list of one prompt."""
-    if sys.stdin.isatty():
-        print("  Type a prompt and press Enter; end with Ctrl-D (on Windows Ctrl-Z and Enter).\n", flush=True)
-    for line in sys.stdin:
-        if line.strip():
-            yield [line.rstrip("\n")]
+    show_facts({**trained.facts(), "sampling": sampling})
 
 
 def show_texts(trained: TrainedModel, prompts: list[str], texts: list[str]) -> list[tuple[str, str]]:
@@ -130,7 +137,7 @@ def report_classification(
     trained: TrainedModel,
     folder: Path,
     reviews: Reviews,
-    p: np.ndarray,
+    p: torch.Tensor,
     predictions: list[list[int]],
     boundaries: list[float],
     calibrate: bool,
@@ -141,45 +148,32 @@ def report_classification(
     p (N,) is p(positive) of each review. `predictions` and `boundaries` are without and with calibration;
     `calibrate` says which predictions are written; scoring took `seconds`.
     """
-    if not np.isfinite(p).all():
-        raise RunStopped(
-            "the model's logits are not finite numbers: its training diverged; use another checkpoint"
-        )
-    results = {"checkpoint": str(trained.path), "reviews": reviews.name, "n": len(p)}
-    results |= {"boundary": dict(zip(KINDS, boundaries, strict=True)), "predictions": KINDS[calibrate]}
+    p, named_boundaries = p.numpy(), dict(zip(KINDS, boundaries, strict=True))
+    results = {"checkpoint": str(trained.path), "reviews": reviews.name, "n": len(p), "boundary": named_boundaries}
     table = {"row": reviews.rows, "text": reviews.texts, "p": p.tolist(), "prediction": predictions[calibrate]}
-    if reviews.labels is None:
-        for kind, predicted, boundary in zip(KINDS, predictions, boundaries, strict=True):
-            print("  " + bold(f"{np.mean(predicted):6.1%}") + f"  positive {kind}, boundary {boundary:.4f}")
-        print()
-    else:
-        table["label"] = reviews.labels
-        results |= show_accuracies(p, np.array(reviews.labels), predictions, boundaries)
+    rates, what = [np.mean(predicted) for predicted in predictions], "positive"
+    if reviews.labels is not None:
+        table["label"], labels = reviews.labels, np.array(reviews.labels)
+        rates, what = [np.mean(np.array(predicted) == labels) for predicted in predictions], "accuracy"
+        results["accuracy"] = dict(zip(KINDS, rates, strict=True))
+        results["majority-share"] = max(labels.mean(), 1 - labels.mean())
+        results["auc"] = area_under_roc(p, labels)
+    for rate, (kind, boundary) in zip(rates, named_boundaries.items(), strict=True):
+        print("  " + bold(f"{rate:6.1%}") + f"  {what} {kind}, boundary {boundary:.4f}")
+    if reviews.labels is not None:
+        print(f"  {0.5:6.1%}  a coin flip\n  {results['majority-share']:6.1%}  always this set's majority class")
+        print(f"  {results['auc']:6.3f}  AUC: 0.5 is chance, 1 ranks every positive above every negative")
+    print()
 
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerows([table, *zip(*table.values(), strict=True)])
+    csv.writer(file, lineterminator="\n").writerows([table, *zip(*table.values(), strict=True)])
     write_atomically(folder / "classification.csv", file.getvalue())
-    write_atomically(folder / "classification.json", json_text(results))
+    write_atomically(folder / "classification.json", json_text({**results, "predictions": KINDS[calibrate]}))
     title = f"{trained.path}, {reviews.name}"
-    plot_histogram(p, reviews.labels, results["boundary"], title, folder / "classification.png")
-    other = [] if calibrate else ["--calibrate"]
-    show_next(["classify.py", trained.path, *other, "--data", "my_reviews.csv"], ["generate.py", trained.path])
+    plot_histogram(p, reviews.labels, named_boundaries, title, folder / "classification.png")
+    flag = [] if calibrate else ["--calibrate"]
+    show_next(["classify.py", trained.path, *flag, "--data", "my_reviews.csv"], ["generate.py", trained.path])
     print(f"{len(p)} reviews in {seconds:.1f} s, written to {folder / 'classification'}.csv, .json, .png")
-
-
-def show_accuracies(
-    p: np.ndarray, labels: np.ndarray, predictions: list[list[int]], boundaries: list[float]
-) -> dict:
-    """Print and return how often the predictions are right, and what they compare with."""
-    accuracies = [float(np.mean(np.array(predicted) == labels)) for predicted in predictions]
-    majority = max(np.mean(labels), 1 - np.mean(labels))
-    auc = area_under_roc(p, labels)
-    for kind, accuracy, boundary in zip(KINDS, accuracies, boundaries, strict=True):
-        print("  " + bold(f"{accuracy:6.1%}") + f"  accuracy {kind}, boundary {boundary:.4f}")
-    print(f"  {0.5:6.1%}  a coin flip\n  {majority:6.1%}  always this set's majority class")
-    print(f"  {auc:6.3f}  AUC: 0.5 is chance, 1 ranks every positive above every negative\n")
-    return {"accuracy": dict(zip(KINDS, accuracies, strict=True)), "majority-share": majority, "auc": auc}
 
 
 def area_under_roc(p: np.ndarray, labels: np.ndarray) -> float:
@@ -200,10 +194,8 @@ def plot_histogram(
     """Plot histograms of p(positive), (N,), with the decision boundaries; a failure costs only a note."""
     groups = [("all", "#1f6fb2", p)]
     if labels is not None:
-        groups = [
-            (name, colour, p[np.array(labels) == label])
-            for label, name, colour in ((0, "truly bad", "#c2513c"), (1, "truly good", "#2f8f6b"))
-        ]
+        names = {"truly bad": "#c2513c", "truly good": "#2f8f6b"}
+        groups = [(name, colour, p[np.array(labels) == n]) for n, (name, colour) in enumerate(names.items())]
     try:
         from matplotlib.figure import Figure  # not pyplot, which looks for a display
 

@@ -24,7 +24,6 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from support.errors import UserError, require
 from support.files import atomic_file, write_atomically
 from support.paths import DATA
-from support.text import read_documents, text_files
 
 SPLITS = ("train", "val")
 FORMAT = 6  # raise it when the split or the tokenisation changes: texts are then converted again
@@ -82,6 +81,8 @@ def n_held_out(n_tokens: int) -> int:
 
 def token_folder(path: Path) -> Path:
     """The token folder of a text or of a folder of texts, made now unless it fits the text already."""
+    from support.text import read_documents, text_files
+
     folder = path.with_name(f"{path.name}.tokens")
     note = folder / "source.json"  # written last
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in text_files(path)]
