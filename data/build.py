@@ -1,17 +1,19 @@
-"""Build the token files that come with the package, and the final model's training data.
+"""Build the token files that come with the package, and the data that the final model was trained on.
 
     python data/build.py sample c4_sample.jsonl.gz     data/sample.npz
-    python data/build.py mixture enwik8.gz             data/heldout-wikipedia.npz, outputs/report/mixture/
+    python data/build.py wikipedia enwik8.gz           data/heldout-wikipedia.npz, the other pages as .jsonl.gz
+    python data/build.py mixture sample:5 web_open.jsonl.gz:2 wikipedia_2014.jsonl.gz:1 wikipedia_2006.jsonl.gz:1
 
-The mixture is Wikipedia without its held-out pages, and the training part of the sample several times over.
-No training document shares N_WORDS consecutive words with a held-out one: those that would are left out. The
-same input gives the same tokens; data/README.md says where the input comes from and lists the sha256 sums.
+The mixture is a folder of tokens, outputs/report/mixture: the documents of the sources in random order, each as
+many times as the number after the colon says. No training document shares N_WORDS words in a row with a held-out
+one: those that would are left out. The same input gives the same tokens; data/README.md lists the sha256 sums.
 """
 
 import argparse
 import gzip
 import hashlib
 import html
+import json
 import random
 import re
 import sys
@@ -23,34 +25,30 @@ import numpy as np
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
 
-from support.data import read_tokens  # noqa: E402
-from support.errors import exit_on_user_error, require  # noqa: E402
-from support.files import atomic_file  # noqa: E402
-from support.text import read_json  # noqa: E402
+from support.errors import exit_on_user_error  # noqa: E402
+from support.text import read_documents  # noqa: E402
 from support.tokenizer import get_tokenizer  # noqa: E402
 
 SAMPLE, HELD_OUT = DATA / "sample.npz", DATA / "heldout-wikipedia.npz"
-HELD_OUT_TITLES = DATA / "heldout-wikipedia.txt"
-MIXTURE = DATA.parent / "outputs/report/mixture"
+HELD_OUT_TITLES = HELD_OUT.with_suffix(".txt")
+OUTPUTS = DATA.parent / "outputs/report"
 SEED = 42
 N_VAL_TOKENS = 100_000  # of the sample
 N_WORDS = 13  # as in the contamination check of GPT-3 (Brown et al. 2020, appendix C)
-C4_REPEATS = 4  # then a third of the mixture is C4. Up to about four passes over the same text are worth nearly
-# as much as new text, and further ones still help, but less and less (Muennighoff et al. 2023).
 
 
-def encode(text: str) -> np.ndarray:
-    """The tokens of a document, followed by <|endoftext|>."""
+def encode(texts: Iterable[str]) -> list[np.ndarray]:
+    """The tokens of each document, followed by <|endoftext|>."""
     tokenizer = get_tokenizer()
-    return np.array([*tokenizer.encode_ordinary(text), tokenizer.eot_token], dtype=np.uint16)
+    rows = tokenizer.encode_ordinary_batch(list(texts))
+    return [np.array([*row, tokenizer.eot_token], dtype=np.uint16) for row in rows]
 
 
 def decode_documents(tokens: np.ndarray) -> list[str]:
     """The texts of documents that each end with <|endoftext|>."""
     tokenizer = get_tokenizer()
-    ends = np.flatnonzero(tokens == tokenizer.eot_token)
-    starts = [0, *(ends[:-1] + 1)]
-    return [tokenizer.decode(tokens[start:end].tolist()) for start, end in zip(starts, ends, strict=True)]
+    documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot_token) + 1)[:-1]
+    return [tokenizer.decode(document[:-1].tolist()) for document in documents]
 
 
 def word_runs(text: str) -> Iterator[str]:
@@ -65,21 +63,15 @@ def without_overlap(documents: Iterable[str], held_out: Iterable[str]) -> list[s
     return [text for text in documents if forbidden.isdisjoint(word_runs(text))]
 
 
-def build_sample(source: Path) -> None:
+def build_sample(source: str) -> None:
     """data/sample.npz: random documents of the source held out, the rest to train on."""
-    texts = [record["text"] for _, record in read_json(Path(source))]
+    texts = list(read_documents(Path(source)))
     random.Random(SEED).shuffle(texts)
-    n_val, n_tokens = 0, 0
-    while n_tokens < N_VAL_TOKENS:
-        n_tokens += len(encode(texts[n_val]))
-        n_val += 1
-    held_out, rest = texts[:n_val], texts[n_val:]
-    training = without_overlap(rest, held_out)
-    print(
-        f"{len(training):,} documents to train on, {n_val:,} held out; "
-        f"{len(rest) - len(training)} left out because they overlap with a held-out one"
-    )
-    write_npz(SAMPLE, train=concatenate(training), val=concatenate(held_out))
+    documents = encode(texts)
+    n_val = int(np.searchsorted(np.cumsum([len(tokens) for tokens in documents]), N_VAL_TOKENS)) + 1
+    train = encode(without_overlap(texts[n_val:], texts[:n_val]))
+    print(f"{len(train):,} documents to train on, {n_val:,} held out; {len(texts) - n_val - len(train)} left out")
+    save(SAMPLE, train=np.concatenate(train), val=np.concatenate(documents[:n_val]))
 
 
 def wikipedia_pages(dump: str) -> Iterator[tuple[str, str]]:
@@ -106,38 +98,43 @@ def remove_innermost_first(pattern: str, text: str) -> str:
     return text
 
 
-def build_mixture(dump: Path) -> None:
-    """data/heldout-wikipedia.npz, and the folder with what the final model trains on and is evaluated on."""
-    with gzip.open(dump, "rt", encoding="utf-8", errors="ignore") as file:
+def build_wikipedia(source: str) -> None:
+    """data/heldout-wikipedia.npz, and outputs/report/wikipedia_2006.jsonl.gz with the other pages."""
+    with gzip.open(source, "rt", encoding="utf-8", errors="ignore") as file:
         pages = dict(wikipedia_pages(file.read()))
     titles = [line for line in HELD_OUT_TITLES.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
-    require(pages.keys() >= set(titles), f"{dump} does not contain all pages of {HELD_OUT_TITLES.name}")
-    held_out = [pages.pop(title) for title in titles]
-    c4_train, c4_val = read_tokens(SAMPLE, get_tokenizer().n_vocab)
-    training = without_overlap(pages.values(), held_out + decode_documents(c4_val))
-    c4 = without_overlap(decode_documents(c4_train), held_out)
-    print(
-        f"{len(training):,} pages to train on, {len(held_out)} held out; {len(pages) - len(training)} pages and "
-        f"{len(decode_documents(c4_train)) - len(c4)} documents of C4 left out because they overlap"
-    )
-    write_npz(HELD_OUT, val=concatenate(held_out))
-    documents = [encode(text) for text in training + c4]
-    order = list(range(len(training))) + C4_REPEATS * list(range(len(training), len(documents)))
+    save(HELD_OUT, val=np.concatenate(encode(pages.pop(title) for title in titles)))
+    OUTPUTS.mkdir(parents=True, exist_ok=True)
+    with gzip.open(OUTPUTS / "wikipedia_2006.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"title": title, "text": text}) + "\n" for title, text in pages.items())
+    print(f"{len(pages):,} pages: outputs/report/wikipedia_2006.jsonl.gz")
+
+
+def build_mixture(*sources: str) -> None:
+    """outputs/report/mixture: train.npy from the sources, val.npy of the sample."""
+    sample = np.load(SAMPLE)
+    held_out = decode_documents(sample["val"]) + decode_documents(np.load(HELD_OUT)["val"])
+    documents, order = [], []
+    for source in sources:
+        path, _, weight = source.rpartition(":")
+        texts = decode_documents(sample["train"]) if path == "sample" else list(read_documents(Path(path)))
+        kept = encode(without_overlap(texts, held_out))
+        n_tokens = sum(map(len, kept))
+        print(
+            f"{path}: {len(texts):,} documents, {len(texts) - len(kept)} left out, {n_tokens:,} tokens × {weight}"
+        )
+        order += int(weight) * list(range(len(documents), len(documents) + len(kept)))
+        documents += kept
     random.Random(SEED).shuffle(order)
-    MIXTURE.mkdir(parents=True, exist_ok=True)
-    for split, tokens in (("train", np.concatenate([documents[i] for i in order])), ("val", c4_val)):
-        with atomic_file(MIXTURE / f"{split}.npy") as file:
-            np.save(file, tokens)
-        report(MIXTURE / f"{split}.npy", split, tokens)
+    folder = OUTPUTS / "mixture"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, tokens in (("train", np.concatenate([documents[i] for i in order])), ("val", sample["val"])):
+        np.save(folder / f"{split}.npy", tokens)
+        report(folder, split, tokens)
 
 
-def concatenate(texts: Iterable[str]) -> np.ndarray:
-    return np.concatenate([encode(text) for text in texts])
-
-
-def write_npz(path: Path, **splits: np.ndarray) -> None:
-    with atomic_file(path) as file:
-        np.savez_compressed(file, **splits)
+def save(path: Path, **splits: np.ndarray) -> None:
+    np.savez_compressed(path, **splits)
     for split, tokens in splits.items():
         report(path, split, tokens)
 
@@ -151,12 +148,12 @@ def report(path: Path, split: str, tokens: np.ndarray) -> None:
 def main(argv: list[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", choices=["sample", "mixture"])
-    parser.add_argument("source", type=Path, metavar="SOURCE")
+    builders = {"sample": build_sample, "wikipedia": build_wikipedia, "mixture": build_mixture}
+    parser.add_argument("what", choices=list(builders))
+    parser.add_argument("sources", nargs="+", metavar="SOURCE")
     args = parser.parse_args(argv)
     with exit_on_user_error():
-        require(args.source.is_file(), f"{args.source}: no such file")
-        (build_sample if args.what == "sample" else build_mixture)(args.source)
+        builders[args.what](*args.sources)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The token files that come with the package: whole documents, and no held-out text in the training part."""
 
-import gzip
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -57,31 +57,21 @@ def test_wikipedia_pages_lose_their_markup_and_short_ones_are_left_out():
     assert list(build.wikipedia_pages(dump)) == [("Alder", "Alder is a group of trees.\n" + "y" * 500)]
 
 
-def test_mixture_repeats_c4_and_contains_nothing_held_out(tmp_path, monkeypatch, capsys):
-    """Three pages, one of them held out and one with a passage of it; two documents of C4 and one held out."""
+def test_mixture_repeats_sources_and_contains_nothing_held_out(tmp_path, monkeypatch, capsys):
     passage = " ".join(f"p{i}" for i in range(20))
-    texts = {"Held": passage, "Copy": "As they say, " + passage, "Own": " ".join(f"q{i}" for i in range(200))}
-    pages = [f"<title>{title}</title><text>{text} {'z' * 500}</text>" for title, text in texts.items()]
-    with gzip.open(tmp_path / "dump.gz", "wt") as file:
-        file.write("".join(pages))
-    (tmp_path / "titles.txt").write_text("# a heading\nHeld\n")
-    c4 = {"train": build.concatenate(["first of C4", "second of C4"]), "val": build.concatenate(["held-out C4"])}
+    lines = (json.dumps({"text": text}) + "\n" for text in ("As they say, " + passage, "own"))
+    (tmp_path / "web.jsonl").write_text("".join(lines))
+    c4 = {split: np.concatenate(build.encode([f"{split} of C4"])) for split in ("train", "val")}
     np.savez(tmp_path / "sample.npz", **c4)
-    for name, path in {
-        "DATA": tmp_path / "data",
-        "SAMPLE": tmp_path / "sample.npz",
-        "HELD_OUT": tmp_path / "held.npz",
-        "HELD_OUT_TITLES": tmp_path / "titles.txt",
-        "MIXTURE": tmp_path / "mixture",
-    }.items():
+    np.savez(tmp_path / "held.npz", val=np.concatenate(build.encode([passage])))
+    paths = {"DATA": tmp_path / "data", "SAMPLE": tmp_path / "sample.npz", "HELD_OUT": tmp_path / "held.npz"}
+    for name, path in {**paths, "OUTPUTS": tmp_path}.items():
         monkeypatch.setattr(build, name, path)
-    build.main(["mixture", str(tmp_path / "dump.gz")])
-    assert "1 pages to train on, 1 held out; 1 pages and 0 documents" in capsys.readouterr().out
+    build.main(["mixture", "sample:3", f"{tmp_path / 'web.jsonl'}:2"])
+    assert "2 documents, 1 left out" in capsys.readouterr().out
     corpus = load_corpus(str(tmp_path / "mixture"), N_VOCAB)
-    found = [text.split(" z")[0] for text in build.decode_documents(corpus.train)]
-    assert sorted(found) == sorted([texts["Own"], *["first of C4", "second of C4"] * build.C4_REPEATS])
+    assert sorted(build.decode_documents(corpus.train)) == ["own"] * 2 + ["train of C4"] * 3
     assert np.array_equal(corpus.val, c4["val"])
-    assert build.decode_documents(np.load(tmp_path / "held.npz")["val"]) == [f"{passage} {'z' * 500}"]
 
 
 def test_a_file_with_val_only_can_be_evaluated_but_not_trained_on(tmp_path, capsys):
