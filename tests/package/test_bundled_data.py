@@ -8,7 +8,7 @@ import pytest
 from tiny_run import TinyRun
 
 from data import build
-from support.corpus import load_corpus
+from support.data import load_corpus
 from support.paths import DATA
 
 N_VOCAB, EOT = 50257, 50256
