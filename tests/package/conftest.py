@@ -4,6 +4,7 @@ import signal
 import sys
 from pathlib import Path
 
+import matplotlib.figure
 import pytest
 
 # The scripts of these folders import each other as modules, and so do their tests.
@@ -17,3 +18,9 @@ def interruptible():
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, former)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Save no pictures: drawing takes longer than a tiny run."""
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, file, **_: None)

@@ -11,46 +11,36 @@ V, D, H, P, N_LAYER = 11, 21, 3, 13, 2
 IDS = torch.tensor([[4, 10, 7, 0, 6, 2], [9, 1, 3, 3, 2, 8]])
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
-
-
 @pytest.fixture
-def models(transformers, randomise):
-    ours = randomise(DecoderLM(V, D, H, P, N_LAYER, p_dropout=0.0))
-    config = transformers.GPT2Config(
-        vocab_size=V,
-        n_positions=P,
-        n_embd=D,
-        n_layer=N_LAYER,
-        n_head=H,
-        activation_function="gelu",  # the exact one; GPT-2's own default is the tanh approximation
-        layer_norm_epsilon=ours.ln.eps,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=V - 1,
-        eos_token_id=V - 1,
+def models(randomise):
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install transformers"
     )
-    theirs = transformers.GPT2LMHeadModel(config)
+    ours = randomise(DecoderLM(V, D, H, P, N_LAYER, p_dropout=0.0))
+    sizes = {"vocab_size": V, "n_positions": P, "n_embd": D, "n_layer": N_LAYER, "n_head": H}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    # GPT-2's own default is the tanh approximation of GELU.
+    options = {
+        "activation_function": "gelu",
+        "layer_norm_epsilon": ours.ln.eps,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **dropout, **options))
     theirs.load_state_dict(as_gpt2(ours.state_dict()), strict=True)
     return ours, theirs
 
 
 def as_gpt2(weights):
     """Our state_dict under GPT-2's names: q, k and v joined, and linear weights stored transposed."""
-    theirs = {
-        "transformer.wte.weight": weights["token_embeddings.weight"],
-        "transformer.wpe.weight": weights["position_embeddings.weight"],
-        "transformer.ln_f.weight": weights["ln.weight"],
-        "transformer.ln_f.bias": weights["ln.bias"],
-        "lm_head.weight": weights["token_embeddings.weight"],
-    }
+    embeddings = weights["token_embeddings.weight"]
+    theirs = {"lm_head.weight": embeddings, "transformer.wte.weight": embeddings}
+    theirs["transformer.wpe.weight"] = weights["position_embeddings.weight"]
     linear = {"attn.c_proj": "mha.proj", "mlp.c_fc": "ff.linear_in", "mlp.c_proj": "ff.linear_out"}
-    for i in range(N_LAYER):
-        block, theirs_at = f"blocks.{i}", f"transformer.h.{i}"
-        for p in ("weight", "bias"):
+    for p in ("weight", "bias"):
+        theirs[f"transformer.ln_f.{p}"] = weights[f"ln.{p}"]
+        for i in range(N_LAYER):
+            block, theirs_at = f"blocks.{i}", f"transformer.h.{i}"
             for norm in ("ln_1", "ln_2"):
                 theirs[f"{theirs_at}.{norm}.{p}"] = weights[f"{block}.{norm}.{p}"]
             for their_name, name in linear.items():
@@ -60,18 +50,13 @@ def as_gpt2(weights):
     return theirs
 
 
-def test_logits(models):
+def test_logits_also_of_padded_rows(models):
     ours, theirs = models
     check_close(ours(IDS), theirs(IDS).logits, "logits against GPT-2", atol=1e-4)
-
-
-def test_logits_of_padded_rows(models):
-    ours, theirs = models
     mask = torch.tensor([[0.0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     position_ids = torch.tensor([[0, 0, 0, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
     right = theirs(IDS, attention_mask=mask, position_ids=position_ids).logits
-    real = mask.bool()
-    check_close(ours(IDS, mask)[real], right[real], "logits of real tokens against GPT-2", atol=1e-4)
+    check_close(ours(IDS, mask)[mask.bool()], right[mask.bool()], "logits of real tokens against GPT-2", atol=1e-4)
 
 
 def test_loss_and_one_step_of_adamw(models):

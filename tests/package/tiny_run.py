@@ -1,7 +1,8 @@
-"""A training run small enough to be killed many times: 0.4 M parameters, some milliseconds a step."""
+"""A training run small enough to be killed many times (0.4 M parameters), and how tests give commands."""
 
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -10,11 +11,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-import generate
 import train
-from support import plan, results
 
-ROOT = Path(train.__file__).parent
+ROOT = Path(train.__file__).resolve().parent
 KEYS = {
     "tokenizer_encoding": "gpt2",
     "model_config": {"n_embd": 8, "n_head": 2, "n_positions": 16, "n_layer": 1},
@@ -29,79 +28,90 @@ KEYS = {
 }
 
 
+def status(command, *arguments) -> int:
+    """The exit status of `python command.py arguments`, run in this process."""
+    try:
+        command.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file in the folder and what is in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_refused(capsys, folder: Path, words, command, *arguments, status_wanted: int = 2) -> str:
+    """The command ends with one line on stderr that names these words, and leaves the folder as it was."""
+    before = files(folder)
+    capsys.readouterr()
+    assert status(command, *arguments) == status_wanted
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and len(error) < 1500, error
+    for word in words:
+        assert str(word) in error, f"'{word}' is not named in: {error}"
+    assert files(folder) == before, "bad input must leave every file as it was"
+    return error
+
+
+def random_tokens(n: int, seed: int = 3) -> np.ndarray:
+    """Tokens as they lie in a token file."""
+    return np.random.default_rng(seed).integers(0, 50257, n).astype(np.uint16)
+
+
 class TinyRun:
-    """Its configuration and token file, in a separate folder beside the output folder."""
+    """A configuration and a token file in `folder`, and the run's output folder."""
 
     def __init__(self, folder: Path, **keys):
         folder.mkdir(exist_ok=True)
         self.out = Path(keys.pop("output_dir", folder / "out"))
         self.tokens = folder / "tokens.npz"
         self.config = folder / "tiny.yaml"
-        self.state = self.out / "training_state.pt"
-        draw = np.random.default_rng(3)
-        splits = {name: draw.integers(0, 50257, n).astype(np.uint16) for name, n in (("train", 400), ("val", 90))}
-        np.savez(self.tokens, **splits)
+        self.log = folder / "log.txt"  # what its processes printed
+        np.savez(self.tokens, train=random_tokens(400), val=random_tokens(90, seed=4))
         values = {"output_dir": str(self.out), "data": str(self.tokens), **KEYS, **keys}
         self.config.write_text(yaml.safe_dump(values))
 
-    def main(self, *arguments: str) -> int:
+    def main(self, *arguments) -> int:
         """Run the command in this process; return its exit status."""
-        try:
-            train.main([str(self.config), *arguments])
-        except SystemExit as stop:
-            return stop.code
-        return 0
-
-    def command(self, *arguments: str) -> list[str]:
-        """The command line that a user types."""
-        return [sys.executable, str(ROOT / "train.py"), str(self.config), *arguments]
+        return status(train, self.config, *arguments)
 
     def process(self, *arguments: str):
         """Start the command in a process that may be killed."""
-        process = processes().Process(target=_main, args=(str(self.config), arguments, str(self.config) + ".log"))
+        process = processes().Process(target=_main, args=([str(self.config), *arguments], self.log))
         process.start()
         return process
 
-    def log(self) -> str:
-        """What the processes printed."""
-        return Path(str(self.config) + ".log").read_text()
-
     def rows(self) -> int:
-        """Rows of the metrics, of the unfinished run if there is one, with the header."""
-        for name in ("metrics.partial.csv", "metrics.csv"):
-            with suppress(FileNotFoundError):
-                return (self.out / name).read_bytes().count(b"\n")
+        """Steps that metrics.csv tells of."""
+        with suppress(FileNotFoundError):
+            return max(0, (self.out / "metrics.csv").read_bytes().count(b"\n") - 1)
         return 0
 
     def results(self) -> dict[str, bytes]:
         """The files that must not depend on interruptions, byte for byte."""
         return {name: (self.out / name).read_bytes() for name in ("model.pt", "metrics.csv", "eval.json")}
 
-    def leftovers(self) -> list[str]:
-        """Temporary files in the output folder."""
-        return sorted(path.name for path in self.out.glob(".*tmp*"))
-
 
 def processes():
     """Processes that fork from one which has imported everything and computed nothing: each starts fast."""
     context = multiprocessing.get_context("forkserver")
-    modules = ["train", "generate", "support.run", "support.tokenizer", "torch._dynamo"]  # DDP imports the last
-    context.set_forkserver_preload(modules)
+    context.set_forkserver_preload(["train", "generate", "support.run", "support.tokenizer", "torch._dynamo"])
     return context
 
 
-def _main(config: str, arguments: tuple, log: str) -> None:
+def _main(arguments: list[str], log: Path) -> None:
     os.environ["MPLBACKEND"] = "Agg"
-    with open(log, "a", buffering=1) as sys.stdout:
+    with log.open("a", buffering=1) as sys.stdout:
         sys.stderr = sys.stdout
-        train.main([config, *arguments])
+        train.main(arguments)
 
 
-def leave_out_what_is_slow(patch) -> None:
-    """The measurement of speed, the picture and the sample of text: none of them has a part in any fault."""
-    patch.setattr(plan, "matrix_product_rate", lambda hardware: 1e12)
-    patch.setattr(results, "plot_curve", lambda *args: None)
-    patch.setattr(generate, "generate", lambda *args, **kwargs: [""])
+def python(*arguments, **options) -> subprocess.CompletedProcess:
+    """`python arguments` in a process of its own."""
+    line = [sys.executable, *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, **options)
 
 
 def wait_until(condition, seconds: float = 120) -> None:
@@ -109,7 +119,7 @@ def wait_until(condition, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.001)
+        time.sleep(0.002)
 
 
 def at_batches(monkeypatch, actions: dict) -> None:

@@ -1,0 +1,167 @@
+"""The YAML file: what it may say, how its numbers are read, and the files that are shipped."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_run import ROOT, assert_refused
+
+import train
+from model import DecoderLM
+from support.config import dump_config, load_config
+
+COURSE_YAML = """\
+output_dir: outputs/course
+tokenizer_encoding: gpt2
+model_config: {n_embd: 8, n_head: 2, n_positions: 64, n_layer: 1}
+device: auto
+batch_size: 4
+seq_len: 32
+num_warmup_steps: 1
+num_training_steps: 3
+grad_accumulation_steps: 1
+min_lr: 1e-4
+max_lr: 5e-4
+"""
+
+
+def keys_of(path, *overrides, **keys) -> dict:
+    """The configuration as a run writes it into config.yaml."""
+    return yaml.safe_load(dump_config(load_config(str(path), overrides, **keys)))
+
+
+@pytest.fixture
+def course(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("course.yaml").write_text(COURSE_YAML)
+    return tmp_path
+
+
+def edit(old: str, new: str) -> str:
+    assert old in COURSE_YAML
+    return COURSE_YAML.replace(old, new)
+
+
+# --- what is refused -------------------------------------------------------------------------------------
+
+BILLION = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
+BAD_YAML = {
+    "empty": ("", []),
+    "a list": ("- 1\n- 2\n", []),
+    "syntax": (edit("batch_size: 4", "batch_size: [4"), ["line"]),
+    "missing key": (edit("batch_size: 4\n", ""), ["batch_size"]),
+    "unknown key": (edit("batch_size", "batchsize"), ["batchsize", "batch_size"]),
+    "unknown model key": (edit("n_layer", "n_layers"), ["n_layers"]),
+    "duplicate key": (COURSE_YAML + "batch_size: 5\n", ["batch_size"]),
+    "mistyped": (edit("batch_size: 4", "batch_size: four"), ["batch_size", "four"]),
+    "fraction": (edit("batch_size: 4", "batch_size: 4.5"), ["batch_size", "4.5"]),
+    "bool": (edit("batch_size: 4", "batch_size: true"), ["batch_size"]),
+    "model_config no mapping": (re.sub("model_config: .*", "model_config: 7", COURSE_YAML), ["model_config"]),
+    "heads": (edit("n_head: 2", "n_head: 3"), ["n_embd", "8", "n_head", "3"]),
+    "seq_len long": (edit("seq_len: 32", "seq_len: 65"), ["seq_len", "65", "n_positions", "64"]),
+    "seq_len short": (edit("seq_len: 32", "seq_len: 1"), ["seq_len", "1"]),
+    "negative": (edit("num_training_steps: 3", "num_training_steps: -3"), ["num_training_steps", "-3"]),
+    "warm-up": (edit("num_warmup_steps: 1", "num_warmup_steps: 4"), ["num_warmup_steps", "num_training_steps"]),
+    "rates swapped": (edit("min_lr: 1e-4", "min_lr: 1e-2"), ["min_lr", "max_lr"]),
+    "nan rate": (edit("max_lr: 5e-4", "max_lr: .nan"), ["max_lr"]),
+    "dropout": (edit("n_layer: 1", "n_layer: 1, p_dropout: 1.5"), ["p_dropout", "1.5"]),
+    "checkpoint_interval": (COURSE_YAML + "checkpoint_interval: 1h\n", ["checkpoint_interval"]),
+    "eval_interval": (COURSE_YAML + "eval_interval: 0\n", ["eval_interval"]),
+    "compile": (COURSE_YAML + "compile: perhaps\n", ["compile", "perhaps"]),
+    "tokenizer": (edit("gpt2", "gpt3"), ["gpt3", "gpt2"]),
+    "device": (edit("device: auto", "device: gpu"), ["device", "gpu"]),
+    "no data": (COURSE_YAML + "data: nowhere.npz\n", ["nowhere.npz"]),
+    "code": (edit("5e-4", "!!python/object/apply:os.system ['touch code_ran']"), []),
+    "sexagesimal": (edit("num_training_steps: 3", "num_training_steps: 1:30"), ["num_training_steps", "1:30"]),
+    "itself": (edit("5e-4", "&loop [*loop]"), ["max_lr"]),
+    "deep": (edit("5e-4", "[" * 1500), []),
+    "5,000 digits": (edit("5e-4", "9" * 5000), ["max_lr"]),
+    "a billion laughs": (BILLION + edit("5e-4", "*a59"), []),
+}
+
+
+@pytest.mark.parametrize("name", BAD_YAML)
+def test_bad_yaml_is_refused_with_its_key(name, course, capsys):
+    text, words = BAD_YAML[name]
+    Path("bad.yaml").write_text(text)
+    assert_refused(capsys, course, words, train, "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("n_embd=64", "model_config.n_embd"), ("batchsize=4", "batch_size"), ("max_rl=1", "max_lr")],
+)
+def test_unknown_key_suggests_the_near_one_only(course, capsys, given, meant):
+    assert meant in assert_refused(capsys, course, [given.split("=")[0]], train, "course.yaml", "--set", given)
+    far = assert_refused(capsys, course, ["colour"], train, "course.yaml", "--set", "colour=red")
+    assert "did you mean" not in far
+
+
+# --- numbers are what their writer means ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("max_lr", "1e-3", 1e-3),  # a string to YAML 1.1
+        ("max_lr", "'0.5'", 0.5),
+        ("max_lr", "1", 1.0),
+        ("num_training_steps", "2e3", 2000),
+        ("num_training_steps", "5.0", 5),
+        ("num_training_steps", "0100", 100),  # 64 to YAML 1.1
+        ("num_training_steps", "1_000", 1000),
+    ],
+)
+def test_numbers(course, key, text, value):
+    Path("new.yaml").write_text(re.sub(f"{key}: .*", f"{key}: {text}", COURSE_YAML))
+    for got in (keys_of("new.yaml")[key], keys_of("course.yaml", f"{key}={text}")[key]):
+        assert got == value and type(got) is type(value)
+
+
+def test_names_stay_text(course):
+    keys = keys_of("course.yaml", "output_dir=0100", "data=1e-4")
+    assert (keys["output_dir"], keys["data"]) == ("0100", "1e-4")
+
+
+def test_resolved_configuration_reads_back(course):
+    keys = keys_of("course.yaml", "model_config.n_embd=4", data="tokens.npz")
+    assert keys["model_config"]["n_embd"] == 4 and keys["data"] == "tokens.npz"
+    Path("again.yaml").write_text(yaml.safe_dump(keys))
+    assert keys_of("again.yaml") == keys
+
+
+# --- shipped files ---------------------------------------------------------------------------------------
+
+
+def test_every_shipped_configuration_names_its_folder():
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert Path(keys_of(path)["output_dir"]).name == path.stem
+
+
+def test_gpt_tiny_has_the_course_values():
+    keys = keys_of(ROOT / "configs/GPT-tiny.yaml")
+    expected = {"n_embd": 32, "n_head": 2, "n_positions": 128, "n_layer": 2}
+    assert expected.items() <= keys["model_config"].items()
+    assert (keys["batch_size"], keys["seq_len"], keys["grad_accumulation_steps"]) == (32, 128, 1)
+    assert (keys["num_warmup_steps"], keys["num_training_steps"]) == (10, 2000)
+    assert (keys["min_lr"], keys["max_lr"]) == (1e-4, 5e-4)
+
+
+def flops(path) -> int:
+    """FLOPs of the run, by the formula of the course."""
+    keys = keys_of(path)
+    with torch.device("meta"):
+        model = DecoderLM(50257, **keys["model_config"])
+    sizes = ("num_training_steps", "grad_accumulation_steps", "batch_size", "seq_len")
+    return train.training_flops(model, *(keys[size] for size in sizes))
+
+
+def test_budgets_are_kept_and_used():
+    tuning, final = sorted((ROOT / "configs").glob("tune-1e15-*.yaml")), ROOT / "configs/final-1e17.yaml"
+    assert len(tuning) == 5, "question 2.5 asks for at most five settings"
+    assert all(0.99e15 < flops(path) <= 1e15 for path in tuning)
+    assert 0.99e17 < flops(final) <= 1e17
+    models = [keys_of(path)["model_config"] for path in [*tuning, final]]
+    assert models == [models[0]] * 6, "question 2.6: do not change the model's hyperparameters"
