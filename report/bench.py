@@ -60,6 +60,7 @@ TOKENIZER = SimpleNamespace(  # its texts are ids, so that a prompt has the leng
     encode_ordinary=lambda text: [int(word) for word in text.split()],
     decode=lambda ids: " ".join(map(str, ids)),
     eot_token=EOT,
+    n_vocab=N_VOCAB,
 )
 
 
@@ -221,16 +222,19 @@ def bench_generation(args: argparse.Namespace, hardware) -> None:
 
 def bench_scoring(args: argparse.Namespace, hardware) -> None:
     """Texts of 20 to 250 tokens, the logarithm of the length uniform: most reviews are short."""
+    from support.decoding import score_by_length
+
     n_texts, low, high = (8, 2, 10) if args.tiny else (1000, 20, 250)
     torch.manual_seed(0)
     model = DecoderLM(N_VOCAB, **args.shapes["d256"].model_config).to(hardware.device).eval()
+    trained = SimpleNamespace(model=model, device=hardware.device, tokenizer=TOKENIZER)
     lengths = torch.empty(n_texts).uniform_(math.log(low), math.log(high)).exp().round().int().tolist()
     texts = [f"{WORD} " * length for length in lengths]
     print(f"\nNext-token scores, d256, {n_texts} texts of {sum(lengths) / n_texts:.0f} tokens on average\n")
     print_header("seconds", "texts/s")
-    run = partial(score, model, hardware.device, TOKENIZER)
-    run(texts[:16], 16)
-    seconds = median_seconds(partial(run, texts, 16), hardware.device, args.repetitions)
+    run = partial(score_by_length, score, trained, batch_size=16, tokens=[0, 1])
+    run(texts[:16])
+    seconds = median_seconds(partial(run, texts), hardware.device, args.repetitions)
     print_row("classify.py, batches of 16", seconds, n_texts / seconds)
 
 
