@@ -23,7 +23,6 @@ from support.tokenizer import SPLITS, token_folder
 # Dataset repositories on the Hugging Face Hub, and the one file of each that is needed.
 C4 = ("yimingzhang/llms-hw2", "tokens.npz")
 YELP = ("fancyzhx/yelp_polarity", "plain_text/test-00000-of-00001.parquet")
-
 C4_NOTE = "The course's own validation set is another part of C4, so compare perplexities with a margin."
 YELP_NOTE = "The bundled sample has product reviews: its accuracies are not comparable with Yelp's."
 
@@ -45,9 +44,6 @@ def hub_file(repo: str, filename: str) -> tuple[Path | None, str]:
     except Exception as error:  # a broken connection, a full disk: the client raises dozens of types
         reason = re.sub(r"https?://[^\s:]+", "the Hub", f"{type(error).__name__}: {first_line(error)}")
         return None, f"{repo} is not in data/ and cannot be downloaded ({reason:.80})"
-
-
-# --- Tokens ---
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +83,8 @@ def load_corpus(data: str | None, n_vocab: int) -> Corpus:
         data, note = "sample", f"NOTE: {problem}, so this trains on the bundled sample of C4. {C4_NOTE}"
     if data == "sample":
         return Corpus("bundled sample of C4", *read_tokens(DATA / "sample.npz", n_vocab), note)
-    known = "a token file or folder, a text or jsonl file, 'sample' or 'c4'"
-    require(Path(data).exists(), f"data: {data}: no such file or folder; give {known}")
+    known = "give tokens, a text, JSON lines, a folder of these, 'sample' or 'c4'"
+    require(Path(data).exists(), f"data: {data}: no such file or folder; {known}")
     return Corpus(data, *read_tokens(Path(data), n_vocab))
 
 
@@ -152,22 +148,14 @@ def _read_npz(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_tokens(tokens: np.ndarray, where: str, n_vocab: int) -> None:
-    require(
-        tokens.dtype.kind in "iu" and tokens.ndim == 1 and len(tokens) > 0,
-        f"{where} has type {tokens.dtype} and shape {tokens.shape}, but tokens are a non-empty 1-D array of "
-        "integers; build the file with data/prepare.py",
-    )
+    problem = f"type {tokens.dtype} and shape {tokens.shape} instead of a non-empty 1-D array of integers"
+    valid = tokens.dtype.kind in "iu" and tokens.ndim == 1 and len(tokens) > 0
+    require(valid, f"{where}: {problem}; build the file with data/prepare.py")
     # Of a file that stays on the disk, evenly spaced parts are enough to notice another tokenizer.
     parts = list(evenly_spaced(tokens)) if isinstance(tokens, np.memmap) else [tokens]
     smallest, largest = min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
-    require(
-        smallest >= 0 and largest < n_vocab,
-        f"{where} contains the token id {smallest if smallest < 0 else largest}, but the tokenizer's ids are "
-        f"0 to {n_vocab - 1}; tokenise the text with the tokenizer of the configuration",
-    )
-
-
-# --- Reviews ---
+    problem = f"token id {smallest if smallest < 0 else largest}, but the tokenizer's ids are 0 to {n_vocab - 1}"
+    require(smallest >= 0 and largest < n_vocab, f"{where}: {problem}; tokenise the text with that tokenizer")
 
 
 @dataclass(frozen=True)
@@ -178,7 +166,7 @@ class Reviews:
     texts: list[str]
     labels: list[int] | None
     rows: list[int]  # their positions in the data, from 0
-    n_read: int  # reviews tried until these were found
+    n_total: int  # reviews in the data
     note: str | None  # what the reader of the results must know; printed loudly
 
 
@@ -204,13 +192,10 @@ def load_reviews(data: str | None, limit: int, fits: Callable[[str], bool], seed
     require(bool(reviews), f"{name}: contains no review; add some or give another file")
     labelled = [label is not None for _, label in reviews]
     require(all(labelled) or not any(labelled), f"{name}: some of the texts lack a label; label all or none")
-    if not any(labelled):
-        return Reviews(name, [text for text, _ in reviews], None, list(range(len(reviews))), len(reviews), note)
-    shuffled = list(range(len(reviews)))
-    random.Random(seed).shuffle(shuffled)
-    fitting = list(islice((n for n, row in enumerate(shuffled) if fits(reviews[row][0])), limit))
-    require(bool(fitting), f"{name}: none of the {len(reviews)} reviews fits the model; use shorter ones")
-    n_read = fitting[-1] + 1 if len(fitting) == limit else len(reviews)
-    rows = sorted(shuffled[n] for n in fitting)
+    rows = list(range(len(reviews)))
+    if any(labelled):
+        random.Random(seed).shuffle(rows)
+        rows = sorted(islice((row for row in rows if fits(reviews[row][0])), limit))
+        require(bool(rows), f"{name}: none of the {len(reviews)} reviews fits the model; use shorter ones")
     texts, labels = zip(*(reviews[row] for row in rows), strict=True)
-    return Reviews(name, list(texts), list(labels), rows, n_read, note)
+    return Reviews(name, list(texts), list(labels) if any(labelled) else None, rows, len(reviews), note)

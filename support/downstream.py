@@ -122,8 +122,8 @@ def show_classification_header(trained: TrainedModel, reviews: Reviews, template
         show_note(reviews.note)
     facts = f"{len(reviews.texts)} texts without labels"
     if reviews.labels is not None:
-        fit = f"fit into {trained.config.model_config.n_positions} tokens"
-        facts = f"{len(reviews.texts)} of {reviews.n_read} {fit}, {np.mean(reviews.labels):.1%} positive"
+        fit = f"that fit into {trained.config.model_config.n_positions} tokens"
+        facts = f"{len(reviews.texts)} of {reviews.n_total} {fit}, {np.mean(reviews.labels):.1%} positive"
     show_facts(
         {
             **trained.facts(),

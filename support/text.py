@@ -145,7 +145,7 @@ def read_reviews(path: Path) -> Iterator[tuple[str, int | None]]:
         lines = ((f"{path}, line {n}", line.strip()) for n, line in enumerate(read_lines(path), start=1))
         records = ((place, {"text": line}) for place, line in lines if line)
     for place, record in records:
-        require(bool(record["text"].strip()), f"{place}: the text is empty; add it or remove the line")
+        require(bool(record.get("text", "").strip()), f"{place}: the text is empty; add it or remove the line")
         label = record.get("label")
         known = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, "None": None}
         require(str(label).strip() in known, f"{place}: the label is {label}; it must be 0 or 1")

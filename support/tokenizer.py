@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 import tiktoken
+from numpy.lib import format as npy
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from support.errors import UserError, require
@@ -79,6 +80,16 @@ def n_held_out(n_tokens: int) -> int:
     return max(-(-n_tokens // 100), min(65_536, -(-n_tokens // 10)))
 
 
+def save_tokens(file: BinaryIO, spool: BinaryIO, runs: Iterable[tuple[int, int]]) -> None:
+    """Write parts of a file of bare uint16 tokens, from start to end each, as one .npy, in little memory."""
+    shape = (sum(end - start for start, end in runs),)
+    npy.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": shape})
+    for start, end in runs:
+        spool.seek(2 * start)
+        for position in range(start, end, 1 << 20):
+            file.write(spool.read(2 * min(1 << 20, end - position)))
+
+
 def token_folder(path: Path) -> Path:
     """The token folder of a text or of a folder of texts, made now unless it fits the text already."""
     from support.text import read_documents, text_files
@@ -97,11 +108,10 @@ def token_folder(path: Path) -> Path:
     with spool:
         n_tokens = sum(tokenise(read_documents(path), get_tokenizer(), spool))
         require(n_tokens > 0, f"{path}: contains no text to train on; give a file with text")
-        spool.flush()
+        end = n_tokens - n_held_out(n_tokens)
         folder.mkdir(exist_ok=True)
-        tokens = np.memmap(spool, dtype="<u2", mode="r")
-        for split, part in zip(SPLITS, np.split(tokens, [n_tokens - n_held_out(n_tokens)]), strict=True):
+        for split, run in zip(SPLITS, [(0, end), (end, n_tokens)], strict=True):
             with atomic_file(folder / f"{split}.npy") as file:
-                np.save(file, part)
+                save_tokens(file, spool, [run])
     write_atomically(note, source)
     return folder
