@@ -63,7 +63,10 @@ def draw_reviews(source: str, n_reviews: int) -> list[dict]:
     draw, chosen = random.Random(SEED), []
     for label, n in ((0, n_reviews // 2), (1, n_reviews - n_reviews // 2)):
         texts = list(by_label[label])
-        require(len(texts) >= n, f"{source} has only {len(texts)} reviews of label {label}; ask for fewer")
+        problem = (
+            f"{source} has only {len(texts)} reviews of label {label}, {n} are needed for --reviews {n_reviews}"
+        )
+        require(len(texts) >= n, f"{problem}; ask for fewer")
         chosen += [{"text": text, "label": label} for text in draw.sample(texts, n)]
     draw.shuffle(chosen)
     return chosen
