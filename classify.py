@@ -62,10 +62,9 @@ def classify_binary_sentiment(logits: torch.Tensor, tokens_of_interest: list[int
 def main(argv: list[str] | None = None) -> None:
     """Classify reviews, print both accuracies and write classification.csv, .json and .png."""
     from support import downstream as results
-    from support.arguments import positive_int
     from support.data import load_reviews
     from support.decoding import score_by_length
-    from support.errors import exit_on_user_error
+    from support.errors import exit_on_user_error, positive_int
 
     parser = results.model_arguments("Call reviews good or bad with a trained language model.", batch_size=16)
     parser.add_argument("--calibrate", action="store_true", help="write the calibrated predictions")

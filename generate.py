@@ -118,9 +118,8 @@ def generate(
 def main(argv: list[str] | None = None) -> None:
     """Continue prompts, print the texts and write generation.jsonl."""
     from support import downstream as results
-    from support.arguments import positive_int, probability_mass, seed, temperature
     from support.decoding import choose_decoder
-    from support.errors import exit_on_user_error
+    from support.errors import exit_on_user_error, positive_int, probability_mass, seed, temperature
 
     parser = results.model_arguments("Continue prompts with a trained language model.", batch_size=8)
     source = parser.add_mutually_exclusive_group()

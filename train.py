@@ -3,7 +3,7 @@
     python train.py configs/GPT-tiny.yaml                        train, evaluate, save
     python train.py configs/GPT-tiny.yaml --data my.txt          train on your own text
     python train.py configs/GPT-tiny.yaml --set max_lr=1e-3      override a key of the YAML
-    python train.py configs/GPT-tiny.yaml --dry_run              show what training would cost, then exit
+    python train.py configs/GPT-tiny.yaml --dry-run              show what training would cost, then exit
     python train.py configs/GPT-tiny.yaml --init model.pt        start from the weights of a checkpoint
     python train.py configs/GPT-tiny.yaml --evaluate model.pt    evaluate a checkpoint, then exit
     torchrun --nproc_per_node=4 train.py configs/GPT-tiny.yaml   train with four processes
@@ -12,20 +12,25 @@ Shapes: B sequences in a batch, S tokens in each, V vocabulary size, N = B (S - 
 """
 
 import argparse
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import wandb
 from torch import nn
+from tqdm import tqdm
 
 from model import DecoderLM
+
+try:
+    import wandb
+except ImportError as error:
+    raise SystemExit(f"error: {error}; install what is missing: pip install -r requirements.txt") from None
 
 RUNNING_MEAN_STEPS = 20  # steps averaged in the reported train-loss
 
@@ -105,11 +110,6 @@ def compute_language_modeling_loss(input_ids: torch.Tensor, logits: torch.Tensor
     return F.cross_entropy(predictions, labels)
 
 
-def plain_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """The loss of `model(input_ids)`, input_ids (B, S), with all (B, S, V) logits in memory."""
-    return compute_language_modeling_loss(input_ids, model(input_ids))
-
-
 class StepResult(NamedTuple):
     """What happened in one training step; `train` passes it to `on_step`."""
 
@@ -139,11 +139,10 @@ def train(
     Each step sets lr_schedule(step), draws grad_accumulation_steps micro-batches (B, S) and updates the
     weights once with the gradient of their mean loss, clipped to norm grad_clip if given.
 
-    loss_fn maps input_ids to the model's loss (default: plain_loss). on_step is called after each step. A
-    resumed run passes start_step and, for the running mean, previous_losses. Raises FloatingPointError, before
-    the weights change, if the loss or the gradient is not finite.
+    loss_fn maps input_ids to the same loss, computed by other means. on_step is called after each step. A resumed
+    run passes start_step and, for the running mean, previous_losses. Raises FloatingPointError, before the
+    weights change, if the loss or the gradient is not finite.
     """
-    loss_fn = loss_fn or partial(plain_loss, model)
     batches = iter(batch_sampler)
     recent_losses = deque(previous_losses, maxlen=RUNNING_MEAN_STEPS)
     model.train()
@@ -156,12 +155,18 @@ def train(
         for _ in range(grad_accumulation_steps):
             input_ids = next(batches)
             with autocast:
-                loss = loss_fn(input_ids)
+                if loss_fn is None:
+                    loss = compute_language_modeling_loss(input_ids, model(input_ids))
+                else:
+                    loss = loss_fn(input_ids)
             # Divided, the micro-batches' gradients add up to the gradient of their mean loss.
             (loss / grad_accumulation_steps).backward()
             losses.append(loss.detach())
 
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)  # inf only measures it
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        grad_norm = nn.utils.get_total_norm(gradients)
+        if grad_clip is not None:
+            nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, grad_norm)
         # tolist() waits for the device, once per step: both numbers are fetched together.
         step_loss, grad_norm = torch.stack([torch.stack(losses).mean(), grad_norm]).tolist()
         if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):
@@ -187,23 +192,21 @@ def evaluate(
     """Return the mean loss over all predicted tokens (nats per token) and its perplexity, exp(loss).
 
     Batches may differ in size: each is weighted by its number of predictions. loss_fn is as in `train`.
-    Every module's mode is restored. Raises ValueError if there is nothing to predict.
+    model.training is restored. Raises ValueError if there is nothing to predict.
     """
-    loss_fn = loss_fn or partial(plain_loss, model)
-    total_loss, n_predictions = 0.0, 0
-    training_modules = [module for module in model.modules() if module.training]
+    total_loss, n_predictions, was_training = 0.0, 0, model.training
     model.eval()
-    try:
-        with torch.inference_mode():
-            for input_ids in batch_sampler:
-                B, S = input_ids.shape
-                with autocast:
+    with torch.inference_mode():
+        for input_ids in batch_sampler:
+            B, S = input_ids.shape
+            with autocast:
+                if loss_fn is None:
+                    loss = compute_language_modeling_loss(input_ids, model(input_ids))
+                else:
                     loss = loss_fn(input_ids)
-                total_loss += loss.item() * B * (S - 1)
-                n_predictions += B * (S - 1)
-    finally:
-        for module in training_modules:
-            module.training = True
+            total_loss += loss.item() * B * (S - 1)
+            n_predictions += B * (S - 1)
+    model.train(was_training)
     if n_predictions == 0:
         raise ValueError("nothing to evaluate: no row of two or more tokens")
     val_loss = total_loss / n_predictions
@@ -219,14 +222,14 @@ def training_flops(
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line; argv None reads sys.argv."""
-    from support.arguments import ArgumentParser
+    from support.errors import ArgumentParser
 
     parser = ArgumentParser(description="Train the language model from a YAML file.")
     parser.add_argument("config", help="YAML file, such as configs/GPT-tiny.yaml")
     parser.add_argument("--data", help="tokens, a text or jsonl file, 'c4' or 'sample' (overrides the key data)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys")
     parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
-    parser.add_argument("--dry_run", action="store_true", help="show what training would cost, then exit")
+    parser.add_argument("--dry-run", action="store_true", help="show what training would cost, then exit")
     checkpoint = parser.add_mutually_exclusive_group()
     checkpoint.add_argument(
         "--init", metavar="CHECKPOINT", help="start from these weights (overrides the key init)"
@@ -238,48 +241,78 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Train, evaluate and save the model of a configuration; see the module's docstring."""
     from generate import generate
-    from support.chunked_loss import loss_module
-    from support.results import show_evaluation, show_sample
-    from support.run import open_run
-    from support.setup import open_setup
+    from support.checkpoint import load_weights
+    from support.chunked_loss import choose_loss, compiled
+    from support.config import load_config
+    from support.data import load_corpus
+    from support.device import batches_on, choose_device, join_processes
+    from support.errors import exit_on_user_error
+    from support.report import Report, show_evaluation, show_sample
+    from support.run import Run
+    from support.screen import heading
+    from support.tokenizer import get_tokenizer
 
     args = parse_arguments(argv)
-    with open_setup(args) as setup:
-        c, corpus, tokenizer, device = setup.config, setup.corpus, setup.tokenizer, setup.device
+    with exit_on_user_error():
+        c = load_config(args.config, args.set, data=args.data, init=args.init)
+        world = join_processes()  # one, unless torchrun started several
+        heading(f"evaluate {args.evaluate}" if args.evaluate else f"train {c.output_dir}")
+        hardware = choose_device(c.device, training=True, local_rank=world.local_rank)
+        device, autocast = hardware.device, hardware.autocast()
+        tokenizer = get_tokenizer(c.tokenizer_encoding)
+        corpus = world.first(lambda: load_corpus(c.data, tokenizer.n_vocab))
+        corpus.require_rows(c.seq_len, ("val",) if args.evaluate else ("train", "val"))
+
         torch.manual_seed(c.seed)
         model = DecoderLM(tokenizer.n_vocab, **vars(c.model_config)).to(device)
-        loss_fn = loss_module(model, device, c.compile)
+        if args.evaluate or c.init:
+            load_weights(model, args.evaluate or c.init, c.model_config)
+        loss_fn = choose_loss(model, compute_language_modeling_loss, device)
+        n_batches = math.ceil(len(corpus.val) // c.seq_len / c.batch_size)
 
-        def validate() -> dict[str, float]:
-            batches = sequential_batch_sampler(corpus.val, device, c.batch_size, c.seq_len, drop_last=False)
-            return evaluate(model, setup.with_bar(batches), setup.autocast, loss_fn=loss_fn)
+        def validate(at_most: int = n_batches) -> dict[str, float]:
+            """Evaluate on all held-out batches, or on so many, evenly spaced."""
+            stride = math.ceil(n_batches / at_most)
+            batches = sequential_batch_sampler(corpus.val, "cpu", c.batch_size, c.seq_len, drop_last=False)
+            batches = batches_on(device, itertools.islice(batches, 0, None, stride))
+            bar = tqdm(batches, "evaluating", math.ceil(n_batches / stride), leave=False, disable=None)
+            return evaluate(model, bar, autocast, loss_fn=loss_fn)
 
         if args.evaluate:
-            return show_evaluation(args.evaluate, setup, model, validate)
+            return show_evaluation(c, corpus, hardware, validate())
 
-        train_batches = setup.on_device(random_batch_sampler(corpus.train, "cpu", c.batch_size, c.seq_len))
-        optimizer = torch.optim.AdamW(
-            model.parameters(), betas=(0.9, 0.95), weight_decay=c.weight_decay, fused=setup.hardware.fused
-        )
-        distributed_loss_fn = setup.world.distribute(loss_fn, c, setup.autocast)
-        with open_run(setup, model, optimizer, validate, fresh=args.fresh, dry_run=args.dry_run) as run:
+        batches = batches_on(device, random_batch_sampler(corpus.train, "cpu", c.batch_size, c.seq_len))
+        options = {"betas": (0.9, 0.95), "weight_decay": c.weight_decay, "fused": hardware.fused}
+        optimizer = torch.optim.AdamW(model.parameters(), **options)
+        report = Report(c, model, tokenizer.n_vocab, corpus, hardware, world)
+        report.show_plan()
+        if args.dry_run:
+            return
+        train_loss_fn = world.distribute(compiled(loss_fn, device) if c.compile else loss_fn, c, autocast)
+        with Run(report, model, optimizer, lambda: validate(at_most=50), args.fresh) as run:
+            if run.finished:
+                return report.show_finished(run.folder)
             train(
                 model,
-                train_batches,
+                batches,
                 optimizer,
                 cosine_lr_schedule(c.num_warmup_steps, c.num_training_steps, c.min_lr, c.max_lr),
-                setup.autocast,
-                run.end_step,  # num_training_steps, or a few in a dry run
-                1 if args.dry_run else c.grad_accumulation_steps,
-                loss_fn=distributed_loss_fn,
+                autocast,
+                c.num_training_steps,
+                c.grad_accumulation_steps,
+                loss_fn=train_loss_fn,
                 grad_clip=c.grad_clip,
-                start_step=run.progress.next_step,
-                previous_losses=run.progress.recent_losses,
+                start_step=run.next_step,
+                previous_losses=run.losses,
                 on_step=run.on_step,
             )
-            if run.writes_results:  # the main process, unless in a dry run
-                run.finish()
-                show_sample(run, lambda text: generate(model, device, tokenizer, [text], 1, temperature=0.7)[0])
+            if world.rank == 0:
+                run.save_results(validate())
+                report.show_results(run.folder)
+                show_sample(
+                    run.folder, lambda text: generate(model, device, tokenizer, [text], 1, temperature=0.7)[0]
+                )
+        world.leave()
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from support.arguments import ArgumentParser, positive_int  # noqa: E402
-from support.errors import UserError, exit_on_user_error, first_line, require  # noqa: E402
+from support.errors import ArgumentParser, UserError, exit_on_user_error, first_line, positive_int, require  # noqa: E402  # noqa: E402
 from support.files import atomic_file, write_atomically  # noqa: E402
 from support.text import read_documents, read_reviews  # noqa: E402
 from support.tokenizer import get_tokenizer, n_held_out, save_tokens, tokenise  # noqa: E402

@@ -251,10 +251,7 @@ def print_row(label: str, *values: float) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure what the module's docstring lists."""
-    try:
-        from support.device import choose_device
-    except ImportError:
-        from support.hardware import choose_hardware as choose_device
+    from support.device import choose_device
 
     parts = {"generate": bench_generation, "score": bench_scoring, "train": bench_training}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -30,6 +30,7 @@ ROOT = REPORT.parent
 sys.path[:0] = [str(ROOT), str(REPORT)]
 
 import downstream  # noqa: E402
+import numpy as np  # noqa: E402
 import tables  # noqa: E402
 from tables import OUTPUTS, RESULTS  # noqa: E402
 
@@ -37,7 +38,6 @@ import train  # noqa: E402
 from support.checkpoint import load_trained_model  # noqa: E402
 from support.errors import exit_on_user_error, require  # noqa: E402
 from support.files import write_atomically  # noqa: E402
-from support.metrics import read_metrics  # noqa: E402
 
 
 def planned(question: str) -> Iterator[tuple[str, int]]:
@@ -71,7 +71,7 @@ def measure_run(run: str) -> None:
     }
     write_atomically(RESULTS / f"{run}.json", json.dumps(result, indent=1) + "\n")
 
-    metrics = read_metrics(folder / "metrics.csv")
+    metrics = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="")
     n_steps = len(metrics["step"])
     kept = [i for i in range(n_steps) if i < 50 or i % -(-n_steps // 500) == 0 or i == n_steps - 1]
     lines = [f"{metrics['step'][i]:.0f},{metrics['train-loss'][i]:.4f}\n" for i in kept]

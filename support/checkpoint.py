@@ -1,6 +1,5 @@
 """Model checkpoints: loading them without trusting the file, and finding one when none is named."""
 
-import io
 import os
 import re
 import zipfile
@@ -12,10 +11,9 @@ import torch
 
 from model import DecoderLM
 from support.config import ModelConfig, TrainingConfig, load_config
+from support.device import Device, choose_device
 from support.errors import UserError, first_line, is_out_of_memory, require
-from support.files import zip_problem
-from support.hardware import Hardware, choose_hardware
-from support.paths import ROOT
+from support.files import ROOT, atomic_file, zip_problem
 from support.screen import count
 from support.tokenizer import get_tokenizer
 
@@ -23,30 +21,22 @@ WRAPPERS = re.compile(r"^((_orig_mod|module)\.)+")  # prefixes that torch.compil
 RETRY = "copy it again or retrain the model"
 
 
-def to_bytes(values: dict) -> memoryview:
-    """What torch.save writes, in memory, so that a full disk only ever shows as an OSError of `write_together`."""
-    buffer = io.BytesIO()
-    torch.save(values, buffer)
-    return buffer.getbuffer()  # not a copy: the state of a large model is gigabytes
-
-
-def load_archive(path: Path, least_bytes: float, most_bytes: float, remedy: str = RETRY) -> dict:
+def read_archive(path: Path, remedy: str = RETRY) -> dict:
     """The dict that torch.save wrote to `path`. No code in the file is run.
 
-    Raises UserError if the file is missing or damaged (it compares the CRCs, which torch.load does not), contains
-    anything but tensors and plain values, or unpacks to a number of bytes outside the two bounds.
+    Raises UserError if the file is missing or damaged (it compares the checksums, which torch.load does not), or
+    contains anything but tensors and plain values.
     """
     require(path.is_file(), f"{path}: no such checkpoint; train one with python train.py")
     require(zipfile.is_zipfile(path), f"{path}: {zip_problem(path, 'PyTorch checkpoint')}; {remedy}")
     try:
         with zipfile.ZipFile(path) as archive:
-            n_mib = sum(entry.file_size for entry in archive.infolist()) / 2**20
-            needed = f"the configuration needs {least_bytes / 2**20:.2f} to {most_bytes / 2**20:.2f}"
-            fits = least_bytes <= n_mib * 2**20 <= most_bytes
-            require(fits, f"{path}: {n_mib:.2f} MiB of values, but {needed}; {remedy}")
             wrong = archive.testzip()
-            require(wrong is None, f"{path}: damaged PyTorch checkpoint (wrong CRC of '{wrong}'); {remedy}")
+        require(wrong is None, f"{path}: damaged PyTorch checkpoint (wrong checksum of '{wrong}'); {remedy}")
         values = torch.load(path, map_location="cpu", weights_only=True)
+        require(
+            isinstance(values, dict), f"{path}: contains a {type(values).__name__}, not a state dict; {remedy}"
+        )
     except UserError:
         raise
     except Exception as error:  # a foreign archive fails in many ways
@@ -54,8 +44,23 @@ def load_archive(path: Path, least_bytes: float, most_bytes: float, remedy: str 
             raise
         problem = f"damaged, or not a checkpoint of plain tensors ({first_line(error)})"
         raise UserError(f"{path}: {problem}; {remedy}") from None
-    require(isinstance(values, dict), f"{path}: contains a {type(values).__name__}, not a state dict; {remedy}")
     return values
+
+
+def save_tensors(path: Path, values: dict) -> None:
+    """Replace the file `path` by what torch.save writes. May raise OSError; the former file is then unchanged."""
+    try:
+        with atomic_file(path) as file:
+            torch.save(values, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch.save fails again when it ends a file on a full disk
+            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from None
+        raise
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """The checkpoint that a path names: the file itself, or the model.pt of a run's folder."""
+    return Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
 
 
 def load_weights(model: DecoderLM, path: str | Path, config: ModelConfig) -> None:
@@ -64,37 +69,38 @@ def load_weights(model: DecoderLM, path: str | Path, config: ModelConfig) -> Non
     Raises UserError if the file is damaged or belongs to another configuration.
     """
     path = checkpoint_file(path)
-    _load_into(model, _read_weights(path, config, model.n_vocab), path, config)
+    _load_into(model, _read_weights(path, config), path)
 
 
-def checkpoint_file(path: str | Path) -> Path:
-    """The checkpoint that a path names: the file itself, or the model.pt of a run's folder."""
-    return Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
+def _read_weights(path: Path, config: ModelConfig) -> dict:
+    """The state dict of a checkpoint, without prefixes. Raises UserError if its sizes are not the configuration's."""
+    state = {WRAPPERS.sub("", str(key), count=1): value for key, value in read_archive(path).items()}
+    found = {"n_layer": len({key.split(".")[1] for key in state if key.startswith("blocks.")}) or config.n_layer}
+    positions = state.get("position_embeddings.weight")
+    if isinstance(positions, torch.Tensor) and positions.dim() == 2:
+        found["n_positions"], found["n_embd"] = positions.shape
+    scale_factor = state.get("blocks.0.mha.scale_factor")  # 1 / sqrt(n_embd / n_head)
+    if isinstance(scale_factor, torch.Tensor) and scale_factor.numel() == 1 and scale_factor.isfinite():
+        found["n_head"] = round(config.n_embd * float(scale_factor) ** 2)
+    differing = [f"{key} = {value}" for key, value in found.items() if value != getattr(config, key)]
+    beside = path.with_name("config.yaml")
+    remedy = f"use the configuration saved with them, {beside if beside.is_file() else 'config.yaml'}"
+    require(not differing, f"{path}: the weights have {', '.join(differing)}, unlike this configuration; {remedy}")
+    return state
 
 
-def _read_weights(path: Path, config: ModelConfig, n_vocab: int) -> dict:
-    """The state dict of a checkpoint. Its size has to fit this configuration in half to double precision."""
-    n_parameters = config.n_parameters(n_vocab)
-    loaded = load_archive(path, 1.9 * n_parameters, 8.1 * n_parameters + 2**20)  # and its index
-    return {WRAPPERS.sub("", str(key), count=1): value for key, value in loaded.items()}
-
-
-def _load_into(model: DecoderLM, state: dict, path: str | Path, config: ModelConfig) -> None:
+def _load_into(model: DecoderLM, state: dict, path: Path) -> None:
+    """Load a state dict with exactly the model's keys and shapes, and finite values."""
+    own = model.state_dict()
+    for key, value in own.items():
+        if key.endswith("scale_factor") and key in state:  # a constant, which half precision would round
+            state[key] = value
+    for kind, keys in (("missing", own.keys() - state.keys()), ("unknown", state.keys() - own.keys())):
+        names = ", ".join(sorted(keys)[:3]) + " …" * (len(keys) > 3)
+        require(not keys, f"{path}: not a checkpoint of this model ({kind}: {names}); {RETRY}")
     try:
-        n_positions, n_embd = state["position_embeddings.weight"].shape
-        found = {"n_embd": n_embd, "n_positions": n_positions}
-        scale_factor = state.get("blocks.0.mha.scale_factor")  # 1 / sqrt(n_embd / n_head)
-        if scale_factor is not None:
-            found["n_head"] = round(n_embd * float(scale_factor) ** 2)
-        for name, value in found.items():
-            wanted = getattr(config, name)
-            problem = f"the weights have {name} = {value}, but the configuration says {name} = {wanted}"
-            require(value == wanted, f"{path}: {problem}; use the config.yaml that was saved with them")
-        for key, value in model.state_dict().items():
-            if key.endswith("scale_factor"):  # a constant, which half precision would round
-                state[key] = value
-        model.load_state_dict(state)  # names missing and unknown tensors and other shapes
-    except (RuntimeError, LookupError, AttributeError, ValueError, TypeError, ArithmeticError) as error:
+        model.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: not a checkpoint of this model ({first_line(error)}); {RETRY}") from None
     for name, parameter in model.named_parameters():
         problem = f"{path}: '{name}' has values that are not finite: the run diverged; use another checkpoint"
@@ -108,7 +114,7 @@ class TrainedModel:
     model: DecoderLM
     config: TrainingConfig
     tokenizer: tiktoken.Encoding
-    hardware: Hardware
+    hardware: Device
     path: Path
     how_found: str
 
@@ -119,16 +125,13 @@ class TrainedModel:
 
     @property
     def folder(self) -> Path:
-        """Where the results of this model go."""
+        """The folder of the checkpoint."""
         return self.path.parent
 
     def facts(self) -> dict[str, str]:
         """What a command prints about the model."""
-        n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        return {
-            "model": f"{self.path}, {count(n_parameters, 'parameters')} ({self.how_found})",
-            "device": str(self.hardware),
-        }
+        size = count(sum(parameter.numel() for parameter in self.model.parameters()), "parameters")
+        return {"model": f"{self.path}, {size} ({self.how_found})", "device": str(self.hardware)}
 
 
 def load_trained_model(config_path: str | None, checkpoint: str | None, device: str = "auto") -> TrainedModel:
@@ -142,12 +145,12 @@ def load_trained_model(config_path: str | None, checkpoint: str | None, device: 
     configured = bool(config_path) or beside.is_file()
     require(configured, f"{path}: no config.yaml beside it; name the model's YAML with --config")
     config = load_config(config_path or str(beside))
-    hardware = choose_hardware(device)
+    hardware = choose_device(device)
     tokenizer = get_tokenizer(config.tokenizer_encoding)
     # The file is read first: a configuration that is far too large for it never becomes a model in memory.
-    state = _read_weights(path, config.model_config, tokenizer.n_vocab)
+    state = _read_weights(path, config.model_config)
     model = DecoderLM(tokenizer.n_vocab, **vars(config.model_config))
-    _load_into(model, state, path, config.model_config)
+    _load_into(model, state, path)
     model = model.to(hardware.device).eval()
     return TrainedModel(model, config, tokenizer, hardware, path, how_found)
 

@@ -1,44 +1,62 @@
-"""The language modeling loss as a module, plain or computed without ever holding all logits.
+"""The language modeling loss as a module, computed faster than its definition with the same value and gradients.
 
-With V = 50257, the (B, S, V) logits and their gradient take nearly all the memory and time of a small model.
-`ChunkedLanguageModelingLoss` computes the same loss and gradients a few rows at a time, which on a CPU makes
-a training step 2 to 6 times as fast. On other devices the plain loss is used: there it is the proven path.
+With V = 50257, the (B, S, V) logits and their gradient take nearly all the memory and time of a small model. On a
+CPU, `ChunkedLanguageModelingLoss` computes them a few rows at a time and never holds all: a training step is 2 to 6
+times as fast. On a GPU, `SlicedLanguageModelingLoss` leaves out the last position before the logits are made, so
+that they are not copied.
 """
 
+import copy
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from support.hardware import compile_forward
-from train import plain_loss
+from support.device import random_state, set_random_state
+from support.errors import UserError, first_line
+from support.screen import show_note
 
 MIN_ROWS, MAX_ROWS = 64, 512  # predictions per chunk
 PIECE_SIZE = 2**22  # numbers of the embedding matrix multiplied at a time: more would leave a CPU's caches
 SAFE_SUM = 2.0**60  # a sum of exponentials between 1 / SAFE_SUM and SAFE_SUM has not lost precision
 
 
-class LanguageModelingLoss(nn.Module):
-    """input_ids (B, S) -> `compute_language_modeling_loss(input_ids, model(input_ids))`."""
+class PlainLoss(nn.Module):
+    """input_ids (B, S) -> definition(input_ids, model(input_ids)), as train() does without a loss_fn."""
+
+    def __init__(self, model: nn.Module, definition: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.model, self.definition = model, definition
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids (B, S) -> scalar."""
+        return self.definition(input_ids, self.model(input_ids))
+
+
+class SlicedLanguageModelingLoss(nn.Module):
+    """input_ids (B, S) -> mean next-token cross entropy, in float32 under autocast too."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids (B, S) -> mean next-token cross entropy in nats, a scalar."""
-        return plain_loss(self.model, input_ids)
+        """input_ids (B, S) -> scalar, in nats."""
+        logits = self.model.token_logits(self.model.hidden_states(input_ids)[:, :-1])  # (B, S - 1, V)
+        return F.cross_entropy(logits.flatten(end_dim=1), input_ids[:, 1:].flatten())
 
 
-class ChunkedLanguageModelingLoss(LanguageModelingLoss):
-    """The same value and gradients in little memory, computed in float32 under autocast too.
+class ChunkedLanguageModelingLoss(nn.Module):
+    """The same in little memory. `model` needs `hidden_states` and the tied `token_embeddings`.
 
-    `model` is a DecoderLM: `hidden_states` and the tied `token_embeddings` are used. The loss can be
-    differentiated once; a second backward pass raises RuntimeError.
+    The loss can be differentiated once; a second backward pass raises RuntimeError.
     """
 
     def __init__(self, model: nn.Module):
-        super().__init__(model)
+        super().__init__()
+        self.model = model
         self.hidden_states = model.hidden_states
 
     def compile(self, **options) -> None:
@@ -46,7 +64,7 @@ class ChunkedLanguageModelingLoss(LanguageModelingLoss):
         self.hidden_states = torch.compile(self.model.hidden_states, **options)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids (B, S) -> mean next-token cross entropy in nats, a scalar."""
+        """input_ids (B, S) -> scalar, in nats."""
         hidden = self.hidden_states(input_ids)[:, :-1].flatten(end_dim=1)  # (N, D)
         weight = self.model.token_embeddings.weight  # (V, D)
         labels = input_ids[:, 1:].flatten()  # (N,)
@@ -54,11 +72,59 @@ class ChunkedLanguageModelingLoss(LanguageModelingLoss):
             return _ChunkedCrossEntropy.apply(hidden.to(weight.dtype), weight, labels, torch.is_grad_enabled())
 
 
-def loss_module(model: nn.Module, device: torch.device, compiled: bool) -> LanguageModelingLoss:
-    """The model's loss for this device, compiled if asked for."""
-    loss_fn = ChunkedLanguageModelingLoss(model) if device.type == "cpu" else LanguageModelingLoss(model)
-    if compiled:
-        compile_forward(loss_fn, device)
+def choose_loss(
+    model: nn.Module, definition: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], device: torch.device
+) -> nn.Module:
+    """The fast loss of this device or, if a change of model.py makes it differ, the plain one, with a note.
+
+    The definition maps input_ids (B, S) and logits (B, S, V) to the loss. No generator changes its state.
+    """
+    fast = ChunkedLanguageModelingLoss if device.type == "cpu" else SlicedLanguageModelingLoss
+    if _equals_plain(fast, model, definition, device):
+        return fast(model)
+    show_note("model.py computes its logits in its own way: training uses the plain loss, which is slower.")
+    return PlainLoss(model, definition)
+
+
+@torch.no_grad()
+def _equals_plain(fast: type[nn.Module], model: nn.Module, definition: Callable, device: torch.device) -> bool:
+    """Whether the losses of a few tokens are equal up to rounding, for a copy with noise in every parameter.
+
+    Without the noise, an output bias of 0 or a soft cap on small logits would not show.
+    """
+    before, noise = random_state(device), torch.Generator().manual_seed(0)
+    try:
+        model = copy.deepcopy(model)
+        for parameter in model.parameters():
+            parameter += torch.randn(parameter.shape, generator=noise).to(parameter) / 2
+        input_ids = torch.arange(8, device=device).view(4, 2)
+        losses = []
+        for make in (PlainLoss(model, definition), fast(model)):
+            set_random_state(before, device)  # for the same dropout
+            losses.append(make(input_ids).item())
+    except NotImplementedError:  # of the student's edition
+        raise
+    except Exception:  # a model without hidden_states, for example
+        return False
+    finally:
+        set_random_state(before, device)
+    return math.isclose(*losses, rel_tol=1e-3)  # TF32 rounds to 1e-3
+
+
+def compiled(loss_fn: nn.Module, device: torch.device) -> nn.Module:
+    """The same loss, to be compiled when it is first called.
+
+    Raises UserError if nothing can be compiled, for example on a CPU without a C++ compiler.
+    """
+    torch._inductor.config.shape_padding = False  # it would copy the logits
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+    except Exception as error:  # depends on what the device's compiler lacks
+        needed = "a C++ compiler such as g++" if device.type == "cpu" else "gcc and Python's headers (python3-dev)"
+        remedy = f"install {needed}, or give compile: false"
+        raise UserError(f"compile = true, but nothing compiles here ({first_line(error)}); {remedy}") from None
+    loss_fn = copy.copy(loss_fn)  # of the same model
+    loss_fn.compile()
     return loss_fn
 
 

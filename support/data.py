@@ -17,7 +17,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from support.errors import UserError, first_line, require
-from support.paths import DATA
+from support.files import DATA
 from support.tokenizer import SPLITS, token_folder
 
 # Dataset repositories on the Hugging Face Hub, and the one file of each that is needed.

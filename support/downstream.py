@@ -14,12 +14,10 @@ from tempfile import TemporaryFile
 import numpy as np
 import torch
 
-from support.arguments import ArgumentParser, positive_int
 from support.checkpoint import TrainedModel, load_trained_model
 from support.data import Reviews
-from support.errors import UserError, first_line
-from support.files import atomic_file, json_text, write_atomically
-from support.paths import ROOT
+from support.errors import ArgumentParser, UserError, first_line, positive_int
+from support.files import ROOT, atomic_file, json_text, write_atomically
 from support.screen import bold, heading, show_facts, show_note, show_text
 from support.text import read_prefixes
 

@@ -1,28 +1,26 @@
-"""Errors that the user can fix: one sentence and an exit status instead of a traceback."""
+"""Errors that the user can fix, reported in one sentence, and command lines that report mistakes in the same way."""
 
+import argparse
 import errno
+import io
+import math
+import os
 import re
 import sys
 from contextlib import contextmanager
-
-from support.screen import make_output_fail_safe
+from difflib import get_close_matches
 
 
 class UserError(Exception):
     """Bad input. The message says in one sentence what is wrong, where, and how to fix it."""
 
     status = 2
-    on_all_processes = False  # True: one process reports it for all
 
 
 class RunStopped(UserError):
     """A run that cannot continue. The message says why, what was saved, and what to do."""
 
     status = 1
-
-    def __init__(self, message: str, on_all_processes: bool = False):
-        super().__init__(message)
-        self.on_all_processes = on_all_processes
 
 
 def require(condition: bool, message: str) -> None:
@@ -33,46 +31,46 @@ def require(condition: bool, message: str) -> None:
 
 @contextmanager
 def exit_on_user_error():
-    """Run a command: print a UserError as `error: …` on stderr and exit with its status; Ctrl-C exits with 130."""
-    make_output_fail_safe()
+    """Run a command: print a UserError as `error: …` on stderr and exit with its status; Ctrl-C exits with 130.
+
+    The command ends quietly if nobody reads its output any more (a closed pipe or terminal).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console may lack a character of a generated text
+            stream.reconfigure(errors="replace", line_buffering=True)
     try:
         yield
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
-        message = as_user_error(error)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(message.status) from None
+        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EIO) and error.filename is None:
+            raise SystemExit(1) from None
+        error = as_user_error(error)
+        rank = os.environ.get("RANK", "0")  # of torchrun
+        if rank == "0" or error.status == 1:  # all processes read the same input
+            print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
+        raise SystemExit(error.status) from None
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except OSError:  # Python would try again when it exits, and report the failure
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def as_user_error(
-    error: Exception, memory_remedy: str = ": use a smaller model or batch_size"
-) -> UserError | None:
-    """The error as a message for the user, or None if it is a bug, which needs its traceback."""
+def as_user_error(error: Exception) -> UserError:
+    """The error as a message for the user; a bug, which needs its traceback, is raised again."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, NotImplementedError) and "not written yet" in str(error):  # the student's edition
         return UserError(f"{error}")
     if is_out_of_memory(error):
-        return RunStopped(f"out of memory{memory_remedy} ({first_line(error)})")
+        return RunStopped(f"out of memory: use a smaller model or batch_size ({first_line(error)})")
     if isinstance(error, OSError):
         remedy = "free some disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "fix that"
         problem = f"{error.filename or 'a file'}: {error.strerror or first_line(error)}"
         return RunStopped(f"{problem}; {remedy}, then retry")
-    return None
-
-
-@contextmanager
-def out_of_memory_means(advice: str):
-    """Let memory that runs out in the block end the command in one sentence with this advice."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise as_user_error(error, f": {advice}") from error
+    raise error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -86,3 +84,46 @@ def is_out_of_memory(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """The first 200 characters of the error's text, on one line."""
     return " ".join(str(error)[:1000].split())[:200] or type(error).__name__
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Reports a mistake in one line, with the flag that may be meant; takes --dry-run and --dry_run alike."""
+
+    def parse_args(self, args: list[str] | None = None, namespace=None) -> argparse.Namespace:
+        """As argparse does, but the name of a known flag may have hyphens or underscores."""
+        flags = {flag.replace("-", "_"): flag for flag in self._option_string_actions}
+        spelled = []
+        for argument in sys.argv[1:] if args is None else args:
+            name, equals, value = argument.partition("=")
+            if name.startswith("--"):  # values stay as they are
+                name = flags.get(name.replace("-", "_"), name)
+            spelled.append(name + equals + value)
+        namespace, unknown = self.parse_known_args(spelled, namespace)
+        if unknown:
+            near = get_close_matches(unknown[0].partition("=")[0].replace("-", "_"), flags, n=1)
+            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {flags[near[0]]}?" if near else ""))
+        return namespace
+
+    def error(self, message: str) -> None:
+        """Exit with status 2."""
+        self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
+def _number(kind: type, least: float, most: float, wanted: str):
+    """A type for argparse: a number of this kind within these bounds."""
+
+    def convert(text: str):
+        try:
+            if least <= kind(text) <= most:
+                return kind(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text}: give {wanted}")
+
+    return convert
+
+
+positive_int = _number(int, 1, math.inf, "a whole number of 1 or more")
+seed = _number(int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1")
+temperature = _number(float, 0, sys.float_info.max, "0 (greedy) or more")
+probability_mass = _number(float, 1.2e-38, 1, "more than 0, at most 1")  # float32 holds no less

@@ -1,19 +1,22 @@
-"""Writing files so that a crash never leaves half of one, and what is wrong with a zip file."""
+"""Where the package's own files are, and writing files so that a crash never leaves half of one."""
 
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+ROOT = Path(__file__).resolve().parent.parent  # whatever the current folder is
+DATA = ROOT / "data"
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A file to write to, which replaces `path` when the block ends without an error.
 
-    It is written beside `path`, flushed to disk and renamed: at any moment `path` is either the old file or the
-    complete new one, even if the process is killed or the disk is full.
+    It is written beside `path`, flushed to disk, closed and renamed: at any moment `path` is either the old file or
+    the complete new one, even if the process is killed or the disk is full.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -27,25 +30,10 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of killed processes that were writing `path`. Needs the folder's lock."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink()
-
-
-def write_together(contents: dict[Path, bytes | memoryview]) -> None:
-    """Replace several files, none of them before all are on the disk. May raise OSError."""
-    with ExitStack() as files:
-        for path, content in contents.items():
-            file = files.enter_context(atomic_file(path))
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # before the first of them is renamed
-
-
 def write_atomically(path: str | os.PathLike, text: str) -> None:
     """Replace the file `path` by this text in UTF-8. May raise OSError."""
-    write_together({Path(path): text.encode(errors="replace")})  # half a surrogate pair has no code
+    with atomic_file(path) as file:
+        file.write(text.encode(errors="replace"))  # half a surrogate pair has no code
 
 
 def json_text(values: dict) -> str:

@@ -1,223 +1,257 @@
-"""One training run around `train`: it is locked, resumed, logged, saved, stopped and finished here."""
+"""One training run around `train`: its folder is locked, its steps are logged and saved, and it is resumed."""
 
-import sys
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
-from tqdm import tqdm
+from filelock import FileLock, Timeout
 
-from support.checkpoint import load_weights
-from support.dry_run import DryRun
-from support.errors import require
-from support.metrics import VALIDATION_COLUMNS, MetricsLog
-from support.plan import ProgressBar, TrainingPlan, show_plan
-from support.results import measurements, show_results, write_results
-from support.run_errors import errors_explained
-from support.run_folder import STATE, WORKING_METRICS, WORKING_VALIDATION, locked_folder
+from support.checkpoint import read_archive, save_tensors
+from support.config import dump_config, load_config
+from support.data import Corpus
+from support.device import random_state, set_random_state
+from support.errors import RunStopped, UserError, first_line, is_out_of_memory, require
+from support.files import json_text, write_atomically
+from support.report import Report, finish_wandb, log_wandb, start_wandb
 from support.screen import show_note
-from support.setup import Setup
-from support.signals import StopSignals
-from support.state import Progress, TrainingState, random_state
-from support.tracking import finish_tracking, log_validation, start_tracking
-from train import RUNNING_MEAN_STEPS, StepResult
+
+STATE = "training_state.pt"  # exists while a run is unfinished
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-@contextmanager
-def open_run(
-    setup: Setup,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    validate: Callable[[], dict[str, float]],
-    fresh: bool,
-    dry_run: bool,
-) -> Iterator["TrainingRun | DryRun"]:
-    """Lock the output directory, resume an interrupted run if there is one, and always clean up.
+class Run:
+    """A training run in its output_dir.
 
-    with open_run(setup, model, optimizer, lambda: evaluate(…), fresh=False, dry_run=False) as run:
-        train(…, start_step=run.progress.next_step, on_step=run.on_step)
-        run.finish()
+    with Run(report, model, optimizer, validate, fresh=False) as run:
+        train(…, start_step=run.next_step, previous_losses=run.losses, on_step=run.on_step)
+        run.save_results(evaluate(…))
     """
-    plan, world = TrainingPlan(setup, model), setup.world
-    folder, is_main = Path(setup.config.output_dir), world.is_main_process
-    show_plan(plan)
-    if dry_run:
-        run = DryRun(plan)
-        with errors_explained(run, setup.config):
-            yield run
-        run.show_times()
-        return
-    with ExitStack() as stack:
-        if is_main:
-            stack.enter_context(locked_folder(folder, plan.n_parameters))
-        with world.main_process_first():
-            state = TrainingState(folder / STATE, setup, model, optimizer)
-            if fresh:
-                state.path.unlink(missing_ok=True)
-            resumes = state.path.exists()
-            replaces = not (resumes or fresh) and state.finished_run_exists()
-            progress = state.load() if resumes else Progress()
-            if setup.config.init and not resumes:
-                load_weights(model, setup.config.init, setup.config.model_config)
-        if replaces:
-            show_note(f"The finished run in {folder} is replaced when this one ends.")
-        if progress.next_step:
-            show_note(f"Resuming the interrupted run at step {progress.next_step} (--fresh starts over).")
-        steps = world.gather(progress.next_step)
-        require(len(set(steps)) == 1, f"output_dir: the processes do not share the folder {folder}")
-        if is_main:
-            progress.wandb_id = start_tracking(setup.config, progress.wandb_id)
-        run = TrainingRun(plan, state, progress, validate)
-        stack.callback(run.close)
-        stack.enter_context(run.signals)
-        stack.enter_context(errors_explained(run, setup.config))
-        run.signals.deferring = progress.next_step < run.end_step
-        yield run
-
-
-class TrainingRun:
-    """Logs, shows and saves the steps of a run, stops it, and writes its results."""
 
     def __init__(
         self,
-        plan: TrainingPlan,
-        state: TrainingState,
-        progress: Progress,
+        report: Report,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
         validate: Callable[[], dict[str, float]],
+        fresh: bool,
     ):
-        self.plan, self.state, self.progress, self.validate = plan, state, progress, validate
-        self.setup, self.config, self.world = plan.setup, plan.setup.config, plan.setup.world
-        self.folder = state.path.parent
-        self.end_step = self.config.num_training_steps
-        self.writes_results = is_main = self.world.is_main_process
-        self.result: dict[str, float] | None = None
-        self.resume_hint = "Nothing was saved yet: rerun the same command to start over"
-        if progress.next_step:
-            self._set_resume_hint()
-        self.signals = StopSignals(announced=is_main, under_torchrun=self.world.size > 1)
-        self._open_logs(progress.next_step)
-        self._bar = ProgressBar(plan, progress.next_step, enabled=is_main)
-        self._seconds_before = progress.seconds
-        self._save_seconds = 0.0  # duration of the latest save
-        self._n_updates, self._reported = 0, False  # does train() report its steps?
-        self._hook = state.optimizer.register_step_pre_hook(self._before_update)
-        self._started = self._last_save = time.perf_counter()
-
-    def close(self) -> None:
-        """Close the bar, the metrics and the W&B run."""
-        self._hook.remove()
-        self._bar.close()
-        for log in self._logs:
-            log.close()
-        finish_tracking(self.result)
-
-    def _before_update(self, *_) -> None:
-        """Say in the second step that the first one was not reported: a student's train() may forget it."""
-        self._n_updates += 1
-        if self._n_updates == 2 and not self._reported:
-            self.signals.deferring = False  # Ctrl-C cannot wait for the report of a step
-            if self.world.is_main_process:
-                show_note(
-                    "train() does not call on_step(StepResult(…)) after each step: this run shows no progress, "
-                    "draws no curve, and can neither be saved before its end nor resumed."
-                )
-
-    def _open_logs(self, step: int) -> None:
-        """Start the main process's files, or keep their rows before this step."""
-        self._metrics = self._validation = None
-        if self.world.is_main_process:
-            self._metrics = MetricsLog(self.folder / WORKING_METRICS, step)
-            if interval := self.config.eval_interval:
-                n_rows = min(step, self.end_step - 1) // interval  # `finish` adds the last step's
-                self._validation = MetricsLog(self.folder / WORKING_VALIDATION, n_rows, VALIDATION_COLUMNS)
-        self._logs = [log for log in (self._metrics, self._validation) if log]
-
-    def on_step(self, result: StepResult) -> None:
-        """Log and show one step, evaluate or save the state if it is due, stop if a signal came."""
-        now, progress = time.perf_counter(), self.progress
-        # A student's train() may ignore start_step.
-        require(
-            self._reported or result.step == progress.next_step,
-            f"train() began with step {result.step} instead of start_step = {progress.next_step}: its loop should "
-            "be `for step in range(start_step, num_training_steps)`; fix it, or start over with --fresh",
+        self.report, self.model, self.optimizer, self.validate, self.fresh = (
+            report,
+            model,
+            optimizer,
+            validate,
+            fresh,
         )
-        self._reported = True
-        progress.next_step = n_steps = result.step + 1
-        progress.seconds = self._seconds_before + now - self._started
-        progress.recent_losses = [*progress.recent_losses, result.loss][-RUNNING_MEAN_STEPS:]
-        if self.world.is_main_process:
-            tokens, flops = n_steps * self.setup.tokens_per_step, n_steps * self.plan.flops_per_step
-            self._metrics.append(result.step, tokens, flops, *result[1:])
-            self._bar.update(result, now - self._started)
+        self.c, self.world, self.device = report.c, report.world, report.hardware.device
+        self.folder = Path(self.c.output_dir)
+        self.data = fingerprint(report.corpus)
+        self.finished = False  # before this command
+        self.rows: list[list[float]] = []  # of each step: loss, train-loss, learning-rate, val-loss (NaN: none)
+        self.seconds = 0.0  # spent training
+        self.wandb_id = self.result = None
+        self.hint = "Nothing was saved yet: rerun the same command to start over"
+        self._lock = FileLock(self.folder / ".lock", timeout=0)  # the system releases it if its owner dies
+        self._handlers: dict = {}  # of signals, before the run
+        self._signal, self._save_seconds = 0, 0.0
 
-        last = n_steps == self.end_step
-        if self._validation and n_steps % self.config.eval_interval == 0 and not last:
-            started = time.perf_counter()
-            self._log_validation(result.step, self.validate()["val-loss"])
-            self._started += time.perf_counter() - started  # not a part of the training's time
-        # A signal to one process stops all of them after the same step.
-        due = self.world.is_main_process and self._save_is_due(n_steps)  # only it knows how long saving takes
-        stop, due = self.world.maximum(self.signals.number, due)
-        if stop or last or due:
+    @property
+    def next_step(self) -> int:
+        """The number of steps done."""
+        return len(self.rows)
+
+    @property
+    def losses(self) -> list[float]:
+        """The losses of these steps."""
+        return [row[0] for row in self.rows]
+
+    def __enter__(self) -> "Run":
+        try:
+            self.world.first(self._open)
+            (last_step,) = self.world.maximum(self.next_step)
+            require(
+                last_step == self.next_step, f"output_dir: the processes do not share the folder {self.folder}"
+            )
+            if self.next_step:
+                show_note(f"Resuming the interrupted run at step {self.next_step} (--fresh starts over).")
+            if self.world.rank == 0 and not self.finished:
+                self.wandb_id = start_wandb(self.c, self.wandb_id)
+        except BaseException:
+            self._lock.release()
+            raise
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # shells ignore Ctrl-C for background jobs
+                self._handlers[number] = signal.signal(number, self._receive)
+        self._clock = self._last_save = time.perf_counter()
+        return self
+
+    def _open(self) -> None:
+        """Lock the folder and restore what is in it."""
+        if self.world.rank == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock.acquire()
+                for file in self.folder.glob(".*.pt.*.tmp"):  # of a process that was killed while it saved
+                    file.unlink()
+                if self.fresh:
+                    (self.folder / STATE).unlink(missing_ok=True)
+            except Timeout:
+                raise UserError(f"output_dir: another process is training in {self.folder}; wait for it") from None
+            except OSError as error:
+                problem = f"output_dir: {self.folder} cannot be written ({error.strerror})"
+                raise UserError(f"{problem}; choose another") from None
+        if (self.folder / STATE).exists():
+            self._load()
+        elif not self.fresh and (self.folder / "model.pt").exists() and (self.folder / "config.yaml").exists():
+            theirs, data = load_config(str(self.folder / "config.yaml")), self.data
+            with suppress(OSError, ValueError, LookupError, TypeError):
+                data = json.loads((self.folder / "run.json").read_bytes())["data-sha256"]
+            self._require_same("finished", dataclasses.asdict(theirs), data)
+            self.finished = True
+
+    def _load(self) -> None:
+        """Restore everything from the state file."""
+        path, remedy = self.folder / STATE, "start over with --fresh"
+        state = read_archive(path, remedy)
+        try:
+            self._require_same("interrupted", state["config"], state["data"])
+            n, n_here = len(state["random"]), self.world.size
+            require(n == n_here, f"{self.folder}: the run there has {n} processes, not {n_here}; {remedy}")
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            set_random_state(state["random"][self.world.rank], self.device)
+            self.rows, self.seconds, self.wandb_id = state["rows"].tolist(), state["seconds"], state["wandb_id"]
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{path}: damaged ({first_line(error)}); {remedy}") from None
+        self._set_hint()
+
+    def _require_same(self, kind: str, config: dict, data: str) -> None:
+        differing = self.c.differing(config) or ["other tokens in data"] * (data != self.data)
+        ways = "choose another folder with --set output_dir=outputs/NAME, or replace that run with --fresh"
+        require(not differing, f"{self.folder}: the {kind} run there has {', '.join(differing)}; {ways}")
+
+    def _set_hint(self) -> None:
+        self.hint = f"{self.folder / STATE} is kept: rerun the same command to resume at step {self.next_step}"
+
+    def _receive(self, number: int, _frame) -> None:
+        """Stop after the step; at a second signal, unless torchrun repeats the first one, at once."""
+        if self._signal and self.world.size == 1:
+            raise SystemExit(128 + number)
+        self._signal = number
+        if self.world.rank == 0:
+            with suppress(OSError):  # not print, which the signal may have interrupted
+                os.write(2, b"\nStopping after this step (press Ctrl-C again to stop now).\n")
+
+    def on_step(self, result) -> None:
+        """Log a step of `train`; evaluate or save if it is time to; stop if a signal came."""
+        started = f"train() began with step {result.step}, not with start_step = {self.next_step}"
+        require(
+            result.step == self.next_step, f"{started}: give it `for step in range(start_step, …)`, or --fresh"
+        )
+        self.seconds += time.perf_counter() - self._clock
+        self.rows.append([result.loss, result.train_loss, result.learning_rate, math.nan])
+        c, n = self.c, self.next_step
+        is_last, is_main = n == c.num_training_steps, self.world.rank == 0
+        if is_main and c.eval_interval and n % c.eval_interval == 0 and not is_last:
+            self.rows[-1][-1] = val_loss = self.validate()["val-loss"]
+            log_wandb(result.step, val_loss)
+        # A signal to one process stops all of them after the same step; rank 0 alone knows how long saving takes.
+        stop, save = self.world.maximum(self._signal, is_main and (is_last or self._save_is_due()))
+        if stop or save:
             self._save()
         if stop:
-            self.world.barrier()  # torchrun ends all processes as soon as one exits: wait for the writer
-        self.signals.deferring = not last
-        stop = stop or (last and self.signals.number)
-        if stop:  # a signal that came after the check waits for the next step
             raise SystemExit(128 + stop)
+        if is_main:
+            self.report.show_step(n, *self.rows[-1], self.seconds / n)
+        self._clock = time.perf_counter()
 
-    def _log_validation(self, step: int, val_loss: float) -> None:
-        self._validation.append(step, val_loss)
-        log_validation(step, val_loss)
-        tqdm.write(f"step {step + 1}/{self.end_step}  validation loss {val_loss:.3f}")
-
-    def _save_is_due(self, n_steps: int) -> bool:
-        interval = self.config.checkpoint_interval
+    def _save_is_due(self) -> bool:
+        interval = self.c.checkpoint_interval
         if isinstance(interval, int):
-            return n_steps % interval == 0
-        # By default, as often as keeps writing below 1% of the time.
-        seconds = float(interval[:-1]) if interval else max(30.0, 100 * self._save_seconds)
+            return self.next_step % interval == 0
+        seconds = float(interval[:-1]) if interval else max(30.0, 100 * self._save_seconds)  # 1% of the time
         return time.perf_counter() - self._last_save >= seconds
 
     def _save(self) -> None:
         started = time.perf_counter()
-        random_states = self.world.gather(random_state(self.setup.device))
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "config": dataclasses.asdict(self.c),
+            "data": self.data,
+            "random": self.world.gather(random_state(self.device)),
+            "rows": torch.tensor(self.rows, dtype=torch.float64),
+            "seconds": self.seconds,
+            "wandb_id": self.wandb_id,
+        }
         try:
-            if self.world.is_main_process:
-                for log in self._logs:
-                    log.sync()  # first: a state promises the rows of all steps before it
-                self.state.save(self.progress, random_states)
-            self._set_resume_hint()
+            if self.world.rank == 0:
+                save_tensors(self.folder / STATE, state)
+            self._set_hint()
         except (OSError, MemoryError) as error:
-            reason = getattr(error, "strerror", None) or "out of memory"
             show_note(
-                f"Could not save the state of step {self.progress.next_step} ({reason}); training continues."
+                f"Could not save the state of step {self.next_step} ({first_line(error)}); training continues."
             )
+        self.world.maximum(0)  # torchrun ends all processes as soon as one exits: wait for the writer
         self._last_save = time.perf_counter()
         self._save_seconds = self._last_save - started
 
-    def _set_resume_hint(self) -> None:
-        step = self.progress.next_step
-        self.resume_hint = f"{self.state.path} is kept: rerun the same command to resume at step {step}"
+    def save_results(self, result: dict[str, float]) -> None:
+        """Write the files of the finished run, then remove the state. `result` comes from `evaluate`."""
+        weights = {key: tensor.detach().cpu() for key, tensor in self.model.state_dict().items()}
+        if not (math.isfinite(result["val-loss"]) and all(bool(w.isfinite().all()) for w in weights.values())):
+            raise FloatingPointError("the last update made the weights infinite")
+        corpus, seq_len = self.report.corpus, self.c.seq_len
+        evaluation = {**result, "tokens-predicted": corpus.n_predictions(seq_len), "seq_len": seq_len}
+        save_tensors(self.folder / "model.pt", weights)
+        write_atomically(self.folder / "config.yaml", dump_config(self.c))
+        write_atomically(self.folder / "eval.json", json_text(evaluation))
+        if self.rows:
+            self.rows[-1][-1] = result["val-loss"]
+        else:  # a student's train() may ignore on_step
+            self.seconds = time.perf_counter() - self._clock
+            show_note("train() did not call on_step after each step: this run drew no curve and could not resume.")
+        self.report.save(self.folder, self.rows, self.seconds, self.data)
+        (self.folder / STATE).unlink(missing_ok=True)
+        self.result, self.hint = result, "The run is finished and its results are written"
 
-    def finish(self) -> None:
-        """Evaluate, write and print the results, and remove the state, which is no longer needed."""
-        self._bar.close()
-        if not sys.stderr.isatty():  # a terminal gets a bar
-            print("evaluating", flush=True)
-        result = self.validate()
-        if self._validation:
-            self._log_validation(self.end_step - 1, result["val-loss"])
-        for log in self._logs:
-            log.sync()
-        seconds = self.progress.seconds or time.perf_counter() - self._started  # train() may ignore on_step
-        measured = measurements(self.plan, seconds) | {"data-sha256": self.state.data_hash}
-        write_results(self.folder, self.plan, self.state.model, result, measured)
-        self.state.path.unlink(missing_ok=True)
-        for name in (WORKING_METRICS, WORKING_VALIDATION):
-            (self.folder / name).unlink(missing_ok=True)  # after the state, which needs their rows
-        self.resume_hint, self.result = "The run is finished and its results are written", result
-        show_results(self.folder, self.plan, result, measured)
+    def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
+        """Give everything back, and say where a stopped run would resume."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        with suppress(OSError):  # the terminal may be gone
+            self.report.close()
+            if isinstance(error, (SystemExit, KeyboardInterrupt)):
+                print(f"\nStopped. {self.hint}.", flush=True)
+        finish_wandb(self.result)
+        self._lock.release()
+        c = self.c
+        if isinstance(error, FloatingPointError):
+            warm_up, clip = f"more num_warmup_steps (now {c.num_warmup_steps})", c.grad_clip or "off; 1.0 is usual"
+            remedies = f"a lower max_lr (now {c.max_lr:g}), {warm_up}, or grad_clip (now {clip})"
+            raise RunStopped(f"diverged: {error}. Likely remedies, with --fresh: {remedies}") from error
+        if error is not None and is_out_of_memory(error):
+            remedy = (
+                f"--set batch_size={c.batch_size // 2} grad_accumulation_steps={2 * c.grad_accumulation_steps}"
+            )
+            remedy = f"{remedy} gives the same result" if c.batch_size % 2 == 0 else "make model_config smaller"
+            size = f"batch_size {c.batch_size} × seq_len {c.seq_len} at step {self.next_step}"
+            raise RunStopped(f"out of memory, {size}: {remedy}. {self.hint}") from error
+
+
+def fingerprint(corpus: Corpus) -> str:
+    """Hash the lengths of both splits and up to 64 evenly spaced parts of each."""
+    digest = hashlib.sha256()
+    for tokens in (corpus.train, corpus.val):
+        digest.update(f"{len(tokens)} ".encode())
+        for start in range(0, len(tokens), max(1 << 16, len(tokens) // 64)):
+            digest.update(tokens[start : start + (1 << 16)].astype(np.int64))
+    return digest.hexdigest()

@@ -1,10 +1,14 @@
-"""What the commands print: facts, notes and texts, on streams that never stop a command."""
+"""What the commands print: headings, facts, notes, texts, and commands to type next."""
 
-import io
 import os
+import shlex
+import shutil
 import sys
+import textwrap
 
 from tqdm import tqdm
+
+from support.files import ROOT
 
 
 def bold(text: str) -> str:
@@ -15,14 +19,16 @@ def bold(text: str) -> str:
 
 def heading(title: str) -> None:
     """A title above what follows."""
-    print(f"\n{bold(title)}")
+    print(f"\n{bold(title)}", flush=True)
 
 
 def show_facts(facts: dict[str, str]) -> None:
-    """One `name  value` line each, values aligned."""
-    column = max(map(len, facts)) + 2
+    """One `name  value` line each, values aligned and, on a terminal, wrapped at spaces."""
+    column = max(map(len, facts)) + 4
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     for name, value in facts.items():
-        print(f"  {name:<{column}}{value}")
+        lines = textwrap.wrap(value, max(width - column - 1, 20), break_long_words=False, break_on_hyphens=False)
+        print(f"  {name}".ljust(column) + ("\n" + " " * column).join(lines))
     print(flush=True)
 
 
@@ -35,6 +41,12 @@ def show_text(prompt: str, continuation: str) -> None:
     """A prompt and its continuation in bold, indented."""
     prompt, continuation = (text.replace("\n", "\n  ") for text in (prompt, continuation))
     print(f"  {prompt}{bold(continuation)}\n")
+
+
+def command(script: str, *arguments: str | os.PathLike) -> str:
+    """The command line that runs one of the package's scripts from the current folder."""
+    path = script if os.path.samefile(os.curdir, ROOT) else str(ROOT / script)
+    return shlex.join(["python", path, *map(str, arguments)])
 
 
 def count(number: float, unit: str) -> str:
@@ -50,28 +62,3 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
-
-
-def make_output_fail_safe() -> None:
-    """Let stdout and stderr drop what they cannot write: a pipe's reader is gone, the disk is full.
-
-    Streams that something else has replaced already, such as pytest or a notebook, are left alone.
-    """
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by the shell, as with `>&-`
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif stream is getattr(sys, f"__{name}__"):
-            file = io.BufferedWriter(_DroppingFile(stream.fileno(), "w", closefd=False))
-            text = io.TextIOWrapper(file, encoding=stream.encoding, errors="replace", line_buffering=True)
-            setattr(sys, name, text)
-
-
-class _DroppingFile(io.FileIO):
-    """A file that ignores errors while writing."""
-
-    def write(self, data) -> int:
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)

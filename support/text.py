@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.errors import UserError, first_line, require
-from support.paths import ROOT
+from support.files import ROOT
 
 END_OF_TEXT = "<|endoftext|>"
 JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}

@@ -23,8 +23,7 @@ from numpy.lib import format as npy
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from support.errors import UserError, require
-from support.files import atomic_file, write_atomically
-from support.paths import DATA
+from support.files import DATA, atomic_file, write_atomically
 
 SPLITS = ("train", "val")
 FORMAT = 6  # raise it when the split or the tokenisation changes: texts are then converted again

@@ -9,7 +9,7 @@ from tiny_run import TinyRun
 
 from data import build
 from support.data import load_corpus
-from support.paths import DATA
+from support.files import DATA
 
 N_VOCAB, EOT = 50257, 50256
 

@@ -1,0 +1,233 @@
+"""What a training run shows: its plan, progress, results and curve, and the same on Weights & Biases."""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import wandb
+from tqdm import tqdm
+
+from support.config import TrainingConfig
+from support.data import Corpus, unigram_entropy
+from support.device import Device, OneProcess
+from support.errors import UserError, first_line
+from support.files import atomic_file, json_text, write_atomically
+from support.screen import bold, command, count, duration, heading, show_facts, show_note, show_text
+
+PER_STEP = ("step", "tokens", "flops", "loss", "train-loss", "learning-rate", "val-loss")  # columns of metrics.csv
+INK, TRAIN, RATE, GOOD = "#333333", "#1f6fb2", "#d98c2b", "#2f8f6b"
+SAMPLE_PROMPT = "The city"
+
+
+class Report:
+    """The numbers of a run that are known before it starts, and what is shown and written about it."""
+
+    def __init__(
+        self,
+        c: TrainingConfig,
+        model: torch.nn.Module,
+        n_vocab: int,
+        corpus: Corpus,
+        hardware: Device,
+        world: OneProcess,
+    ):
+        self.c, self.corpus, self.hardware, self.world = c, corpus, hardware, world
+        self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.tokens_per_step = c.batch_size * c.seq_len * c.grad_accumulation_steps * world.size
+        self.flops_per_step = model.flops_per_token * self.tokens_per_step
+        self.ln_vocab = math.log(n_vocab)  # the loss of a uniform guess
+        self.unigrams = unigram_entropy(corpus.train, n_vocab)
+        self._bar: tqdm | None = None
+
+    def show_plan(self) -> None:
+        """Print what will be trained, on what, and what it costs."""
+        c, corpus, n_steps = self.c, self.corpus, self.c.num_training_steps
+        if corpus.note:
+            show_note(corpus.note)
+        n_tokens = self.tokens_per_step * n_steps
+        processes = f", {self.world.size} processes" * (self.world.size > 1)
+        size = f"{count(self.n_parameters, 'parameters')}, model.pt {self.n_parameters * 4 / 1e6:.1f} MB"
+        show_facts(
+            {
+                "device": f"{self.hardware}{processes}",
+                "model": size + (f", weights of {c.init}" if c.init else ""),
+                "data": f"{corpus.name}: {count(len(corpus.train), 'tokens')} to train on, "
+                f"{count(len(corpus.val), 'tokens')} held out",
+                "training": f"{n_steps} steps of {self.tokens_per_step} tokens = {count(n_tokens, 'tokens')} "
+                f"({n_tokens / len(corpus.train):,.1f} times the data)",
+                "compute": f"{self.flops_per_step * n_steps:.3g} FLOPs",
+                "ln V": f"{self.ln_vocab:.3f} nats, the loss of a uniform guess",
+                "unigrams": f"{self.unigrams:.3f} nats, the loss of a guess that knows only word frequencies",
+            }
+        )
+
+    def show_step(self, n_done: int, loss, train_loss, learning_rate, val_loss, seconds_per_step: float) -> None:
+        """Show a step in a bar on a terminal; elsewhere print about twenty lines in all."""
+        n_steps, speed = self.c.num_training_steps, self.tokens_per_step / seconds_per_step
+        text = f"loss {train_loss:.3f}  lr {learning_rate:.1e}  {speed:,.0f} tok/s"
+        if not math.isnan(val_loss):
+            tqdm.write(f"step {n_done}/{n_steps}  validation loss {val_loss:.3f}")
+        if sys.stderr.isatty():
+            layout = "{n_fmt}/{total_fmt} {bar:16} {remaining} left  {postfix}"
+            self._bar = self._bar or tqdm(total=n_steps, initial=n_done - 1, bar_format=layout)
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update()
+        elif n_done % math.ceil(n_steps / 20) == 0 or n_done == n_steps:
+            left = duration((n_steps - n_done) * seconds_per_step)
+            print(f"step {n_done}/{n_steps}  {text}  {left} left", flush=True)
+
+    def close(self) -> None:
+        """End the bar, so that what is printed next starts on its own line."""
+        if self._bar:
+            self._bar.close()
+
+    def save(self, folder: Path, rows: list[list[float]], seconds: float, data_hash: str) -> None:
+        """Write run.json, metrics.csv and curve.png. rows: loss, train-loss, learning-rate, val-loss of each step."""
+        self.close()
+        n_steps, device = self.c.num_training_steps, self.hardware.device
+        facts = {
+            "seconds": seconds,
+            "tokens-per-second": self.tokens_per_step * n_steps / seconds,
+            "flops": self.flops_per_step * n_steps,
+            "tflops": self.flops_per_step * n_steps / seconds / 1e12,
+            "gpu-peak-memory-mib": torch.cuda.max_memory_allocated(device) / 2**20
+            if device.type == "cuda"
+            else None,
+            "device": str(self.hardware),
+            "torch": torch.__version__,
+            "data-sha256": data_hash,
+        }
+        write_atomically(folder / "run.json", json_text(facts))
+        if not rows:
+            return
+        metrics = [
+            [i, (i + 1) * self.tokens_per_step, (i + 1) * self.flops_per_step, *row] for i, row in enumerate(rows)
+        ]
+        lines = [",".join("" if value != value else str(value) for value in row) for row in metrics]  # NaN: empty
+        write_atomically(folder / "metrics.csv", "\n".join([",".join(PER_STEP), *lines, ""]))
+        try:
+            columns = dict(zip(PER_STEP, np.array(metrics).T, strict=True))
+            self._plot_curve(columns, folder / "curve.png")
+        except Exception as error:  # without matplotlib, for example
+            show_note(f"Could not draw curve.png: {first_line(error)}")
+
+    def show_results(self, folder: Path) -> None:
+        """Print what the files of a finished run say."""
+        try:
+            evaluation, run = (json.loads((folder / name).read_bytes()) for name in ("eval.json", "run.json"))
+            loss, perplexity = evaluation["val-loss"], evaluation["val-perplexity"]
+            trained = f"{self.c.num_training_steps} steps in {duration(run['seconds'])}, "
+            trained += f"{run['tokens-per-second']:,.0f} tokens/s, {run['tflops']:.3f} TFLOPS"
+            evaluated = f"{evaluation['tokens-predicted']:,} predicted tokens, seq_len {evaluation['seq_len']}"
+            below_uniform, below_unigrams = self.ln_vocab - loss, self.unigrams - loss
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{folder}: unreadable results ({first_line(error)}); --fresh starts over") from None
+        meaning = f"{below_uniform:.2f} below a uniform guess"
+        if below_uniform <= 0:
+            meaning = "No better than a uniform guess: nothing was learned."
+        elif below_unigrams < 0.1:  # nats; less can be chance
+            meaning += ", not clearly below word frequencies alone: train longer or with a higher max_lr."
+        else:
+            meaning += f" and {below_unigrams:.2f} below word frequencies alone: the model is using context."
+        heading("result")
+        print("  " + bold(f"validation loss {loss:.3f} nats, perplexity {perplexity:.1f}") + f"\n  {meaning}\n")
+        files = ", ".join(sorted(path.name for path in folder.glob("[!.]*.*")))
+        show_facts({"trained": trained, "evaluated": evaluated, "written": f"{folder}/ {files}"})
+
+    def show_finished(self, folder: Path) -> None:
+        """Say that this run is done, with its results."""
+        self.show_results(folder)
+        new = "--set output_dir=outputs/NAME keeps these results"
+        show_note(f"This run is finished already. To train again: --fresh replaces it, {new}.")
+
+    def _plot_curve(self, metrics: dict[str, np.ndarray], path: Path) -> None:
+        """Plot the losses with two reference lines (in nats), and the learning rate below them, over steps."""
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure  # not pyplot, which looks for a display
+
+        style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK}
+        with rc_context(style):
+            figure = Figure((8, 6), layout="constrained")
+            above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+        steps, val_losses = metrics["step"], metrics["val-loss"]
+        above.plot(steps, metrics["loss"], color=TRAIN, alpha=0.25, linewidth=0.8, label="each step")
+        above.plot(steps, metrics["train-loss"], color=TRAIN, linewidth=1.8, label="mean of the last 20 steps")
+        above.axhline(self.ln_vocab, color=INK, linestyle=":", label=f"uniform guess, ln V = {self.ln_vocab:.2f}")
+        above.axhline(
+            self.unigrams, color=INK, linestyle="--", label=f"word frequencies only = {self.unigrams:.2f}"
+        )
+        known = ~np.isnan(val_losses)
+        label = f"validation, {val_losses[-1]:.3f} at the end" + ", before on a part" * int(known.sum() > 1)
+        above.plot(steps[known], val_losses[known], "o-", color=GOOD, clip_on=False, label=label)
+        above.set(ylabel="loss (nats per token)", title=f"{path.parent.name} on {self.corpus.name}")
+        above.legend(frameon=False)
+        below.plot(steps, metrics["learning-rate"], color=RATE, linewidth=1.8)
+        below.set(ylabel="learning rate", xlabel="training step", ylim=(0, None))
+        below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        with atomic_file(path) as file:
+            figure.savefig(file, format="png", dpi=130)
+
+
+def show_evaluation(c: TrainingConfig, corpus: Corpus, hardware: Device, result: dict[str, float]) -> None:
+    """Print the loss of a checkpoint, and what it was evaluated on."""
+    predicted = f"{corpus.n_predictions(c.seq_len):,} predicted tokens in rows of seq_len {c.seq_len}"
+    show_facts({"data": f"the val split of {corpus.name}, {predicted}", "device": str(hardware)})
+    loss, perplexity = result["val-loss"], result["val-perplexity"]
+    print("  " + bold(f"validation loss {loss:.4f} nats per token, perplexity {perplexity:.5g}"))
+
+
+def show_sample(folder: Path, generate: Callable[[str], str]) -> None:
+    """Print a prompt with its continuation `generate(prompt)`, and the next commands to type."""
+    try:
+        continuation = generate(SAMPLE_PROMPT)
+        print(bold("sample"))
+        show_text(SAMPLE_PROMPT, continuation)
+    except Exception as error:  # generate() may be unfinished: no reason to fail after hours of training
+        show_note(f"No sample text: generate() raised {type(error).__name__} ({first_line(error)}).")
+    checkpoint = folder / "model.pt"
+    print(
+        "Next:", command("generate.py", "--checkpoint", checkpoint), command("classify.py", checkpoint), sep="\n  "
+    )
+
+
+def start_wandb(c: TrainingConfig, run_id: str | None) -> str | None:
+    """Start a W&B run if there is a login or WANDB_MODE is offline; return its id. A failure is only a note.
+
+    run_id continues an earlier run.
+    """
+    mode = os.environ.get("WANDB_MODE")
+    try:
+        settings = wandb.Settings(silent=True, console="off", init_timeout=10, finish_timeout=30)
+        wandb.setup(settings)
+        if mode != "disabled" and (mode == "offline" or wandb.login(prompt=False, verify=False)):
+            place = {"project": "decoder-from-scratch", "name": Path(c.output_dir).name}
+            resume = {"id": run_id, "resume": "allow"} if run_id else {}
+            run_id = wandb.init(**place, **resume, config=dataclasses.asdict(c), settings=settings).id
+    except Exception as error:  # offline, a wrong key, a full disk: none of them may stop a training run
+        show_note(f"W&B did not start ({first_line(error)}); metrics.csv has everything.")
+    return run_id
+
+
+def log_wandb(step: int, val_loss: float) -> None:
+    """Log a validation loss, if there is a W&B run."""
+    if wandb.run is not None:
+        wandb.log({"val-loss": val_loss}, step=step)
+
+
+def finish_wandb(result: dict | None) -> None:
+    """End the W&B run, if there is one, with these results, and print where it is; None marks it as failed."""
+    if (run := wandb.run) is None:
+        return
+    try:
+        place = f"wandb sync {run.settings.sync_dir} uploads it" if run.offline else run.url
+        run.summary.update(result or {})
+        wandb.finish(exit_code=int(result is None))
+        show_note(f"W&B: {place}")
+    except Exception as error:
+        show_note(f"W&B did not finish ({first_line(error)}); metrics.csv has everything.")
