@@ -89,20 +89,41 @@ def fixed_seeds_and_torch_state(request):
     torch.set_grad_enabled(True)
 
 
-@pytest.fixture(scope="session")
-def ascii_tokenizer():
-    """A real tiktoken.Encoding of 129 tokens: one for each ASCII character, and <|endoftext|>.
+# Whole words as tokens: a text has fewer tokens than characters.
+WORDS = "Once| upon| a| time| there| was| the| good| bad| not| To| be| or| review".split("|")
+# Tokens that no text is encoded to: one with spaces around it, and one that ends in the middle of "é".
+SPACED, HALF_CHARACTERS = b" the ", b"\xa9 \xc3"
 
-    A character is a token here, so that a generated text shows which tokens were chosen.
-    """
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A real tiktoken.Encoding: the 256 bytes, WORDS, two special cases and <|endoftext|>."""
     tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is missing: pip install -r requirements.txt")
+    tokens = [bytes([i]) for i in range(256)] + [word.encode() for word in WORDS] + [SPACED, HALF_CHARACTERS]
     return tiktoken.Encoding(
-        "ascii",
-        pat_str=r"[\s\S]",
-        mergeable_ranks={bytes([i]): i for i in range(128)},
-        special_tokens={"<|endoftext|>": 128},
-        explicit_n_vocab=129,
+        "words",
+        pat_str=r" ?[^\s]+|\s",
+        mergeable_ranks={token: i for i, token in enumerate(tokens)},
+        special_tokens={"<|endoftext|>": len(tokens)},
     )
+
+
+@pytest.fixture
+def make_lm(randomise, tokenizer):
+    """make_lm(p_dropout=0.1): a model with n_positions = 16 for generate and score, in evaluation mode.
+
+    Its likeliest tokens are neither <|endoftext|> nor parts of characters.
+    """
+    from stand_ins import language_model  # imports model.py: a file that does not load must not stop pytest
+
+    def make_lm(p_dropout=0.1):
+        lm = language_model(randomise, tokenizer.n_vocab, 21, 3, 16, n_layer=2, p_dropout=p_dropout)
+        with torch.no_grad():
+            lm.token_embeddings.weight[128:256] = 0.0  # bytes beyond ASCII
+            lm.token_embeddings.weight[-3:] = 0.0
+        return lm
+
+    return make_lm
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,14 @@
 """Points per question: a pytest plugin for the student's tests.
 
 A test counts for a group when it, or its class, carries `@pytest.mark.question("1.3", "embed")`. A group
-gives all its points if all its tests pass, otherwise none; skipped tests are ignored.
-`pytest tests/` ends with the table of questions and the first failure of each group that lost its points;
-`--points-json FILE` also writes it in the form of Gradescope's results.json.
+gives all its points if all its tests pass, otherwise none; skipped tests are ignored. A test with
+`@pytest.mark.advice("1.3", "embed")` gives no points: what it asks for is good to have.
+`pytest tests/` ends with the table of questions, the first failure of each group that lost its points, and the
+advice; `--points-json FILE` also writes it in the form of Gradescope's results.json.
 """
 
 import json
+import linecache
 import signal
 import traceback
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+CODE = ("model.py", "train.py", "generate.py", "classify.py")
 
 # (question, part) -> (points, test file); questions and totals are the handout's.
 GROUPS = {
@@ -35,7 +38,7 @@ GROUPS = {
 PERPLEXITY_POINTS = 20  # question 2.6, graded on a test set that students do not have
 # In the order of the questions: mistakes in the model are shown before the failures that they cause.
 FILES = ["test_env.py", *dict.fromkeys(file for _, file in GROUPS.values())]
-NOT_WRITTEN = " is not written yet"  # how the NotImplementedErrors of the student's edition end
+NOT_WRITTEN = "not written yet"
 CPU_SECONDS_PER_TEST = 30  # for the tests in FILES (the slowest takes about one), against endless loops
 
 
@@ -45,20 +48,21 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "question(number, part): the test counts for this group of points")
+    config.addinivalue_line("markers", "advice(number, part): good to have, without points")
     # A file that cannot be imported must not cost the points of the others.
     config.option.continue_on_collection_errors = True
     config.pluginmanager.register(Tally(config), "points-tally")
 
 
 class Tally:
-    """Collects the outcome of every graded test and prints the table at the end."""
+    """Collects the outcomes of the tests and prints the table at the end."""
 
     def __init__(self, config):
         self.config = config
-        self.group_of = {}  # node id -> group
+        self.group_of = {}  # node id of a test with points -> group
+        self.advice_for = {}  # node id of a test without -> question and part
         self.outcomes = {}  # node id -> "passed", "failed" or "skipped"
         self.messages = {}  # node id -> first line of the failure
-        self.n_failed_without_points = 0
         self.deselected = set()  # groups with deselected tests
         self.hung = set()  # files with a test that did not end
         self.broken = {}  # test file that could not be loaded -> the reason, with file and line
@@ -71,23 +75,41 @@ class Tally:
                 if marker.args not in GROUPS:
                     raise pytest.UsageError(f"{item.nodeid}: unknown group of points {marker.args}")
                 self.group_of[item.nodeid] = marker.args
+            elif marker := item.get_closest_marker("advice"):
+                self.advice_for[item.nodeid] = marker.args
 
     def pytest_deselected(self, items):
         self.deselected |= {self.group_of.pop(i.nodeid) for i in items if i.nodeid in self.group_of}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(self, collector):
-        report = yield
+        try:
+            report = yield
+            error = report.call.excinfo.value if report.failed else None
+        except SystemExit as exit_at_import:
+            error = exit_at_import
+            report = pytest.CollectReport(collector.nodeid, "failed", "the code exits when it is imported", [])
         if report.failed and collector.path.name in {file for _, file in GROUPS.values()}:
-            reason = _why_it_does_not_load(report.call.excinfo.value)
+            reason = _why_it_does_not_load(error)
             if reason in self.broken.values():  # every test file imports model.py: one traceback is enough
                 report.outcome, report.longrepr, report.result = "passed", None, []
             self.broken[collector.path.name] = reason
         return report
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        crash = getattr(report.longrepr, "reprcrash", None)
+        if report.failed and crash and call.excinfo:
+            first, *others = crash.message.splitlines() or [""]
+            crash.message = "\n".join([first + _place_in_the_code(call.excinfo.value), *others])
+        return report
+
     def pytest_report_teststatus(self, report):
-        if report.failed and NOT_WRITTEN in _first_line(report):  # no traceback: the table names the function
+        if report.failed and _is_not_written(_first_line(report)):  # no traceback: the table names the function
             return "not written", "-", ("NOT WRITTEN", {"yellow": True})
+        if report.failed and report.nodeid in self.advice_for:  # listed under the table
+            return "advice", "a", ("ADVICE", {"yellow": True})
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
@@ -110,9 +132,6 @@ class Tally:
             signal.signal(signal.SIGVTALRM, before)
 
     def pytest_runtest_logreport(self, report):
-        if report.nodeid not in self.group_of or hasattr(report, "wasxfail"):
-            self.n_failed_without_points += report.failed
-            return
         if report.failed:
             self.outcomes[report.nodeid] = "failed"
             self.messages.setdefault(report.nodeid, _first_line(report))
@@ -134,8 +153,8 @@ class Tally:
                 continue
             elif "failed" in ran:
                 failed = [f"{n.split('::', 1)[1]}: {self.messages[n]}" for n in nodes if n in self.messages]
-                failed.sort(key=lambda message: NOT_WRITTEN in message)  # what can be fixed comes first
-                row |= {"points": 0, "output": "\n".join(failed)}
+                written = [message for message in failed if not _is_not_written(message)]  # can be fixed
+                row |= {"points": 0, "output": "\n".join(written) or NOT_WRITTEN}
             elif None in outcomes or group in self.deselected:
                 row["output"] = "partial: not all tests of this group were run"
             elif not ran:
@@ -145,51 +164,61 @@ class Tally:
             rows.append(row)
         return rows
 
+    def advice(self, rows) -> list[str]:
+        """One line for each part that has its points, or none to lose, with a failed test of advice."""
+        lost = {(row["question"], row["part"]) for row in rows if not row["points"]}
+        failed = {}
+        for node, part in self.advice_for.items():
+            if self.outcomes.get(node) == "failed" and part not in lost:
+                failed.setdefault(part, []).append(f"{node.split('::', 1)[1]}: {self.messages[node]}")
+        return [
+            f"{question:<10}{part}: {messages[0]}" + (f" (and {len(messages) - 1} more)" if messages[1:] else "")
+            for (question, part), messages in failed.items()
+        ]
+
     def notes(self, rows) -> list[str]:
         notes = []
-        lost = [row["question"] for row in rows if row["points"] == 0]
-        if "1.3" in lost and lost[-1] != "1.3":
-            notes.append("a mistake in the model (1.3) can fail the tests of 2 and 3, too: fix the model first")
         if left_out := len(GROUPS) - len(rows):
             notes.append(f"partial run: {left_out} of the {len(GROUPS)} groups of points were not run")
-        if (
-            self.deselected
-            or any("::" in str(arg) for arg in self.config.args)
-            or self.config.getoption("lf", False)
-        ):
+        chosen = self.deselected or any("::" in str(arg) for arg in self.config.args)
+        if chosen or self.config.getoption("lf", False):
             notes.append("partial run: tests were chosen by name or mark; run all of them for the final points")
         return notes
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_terminal_summary(self, terminalreporter):
         yield  # to the failures and pytest's own summary, so that the points come last
-        rows = self.rows()
+        rows, write = self.rows(), terminalreporter.write_line
         if not rows or self.config.option.collectonly:
             return
         terminalreporter.section("points")
         line = "{:<10}{:<34}{:>12}{:>10}  {}".format
-        terminalreporter.write_line(line("question", "part", "tests passed", "points", "").rstrip())
+        write(line("question", "part", "tests passed", "points", "").rstrip())
         shown = None
         for row in rows:
             points = f"{'–' if row['points'] is None else row['points']} / {row['max']}"
-            remark = row["output"] if row["points"] is None else ""
-            terminalreporter.write_line(line(row["question"], row["part"], row["tests"], points, remark).rstrip())
-            if row["points"] == 0 and row["output"] != shown:  # a file that does not load is reported once
+            remark = row["output"] if row["points"] is None or row["output"] == NOT_WRITTEN else ""
+            write(line(row["question"], row["part"], row["tests"], points, remark).rstrip())
+            if row["points"] == 0 and not remark and row["output"] != shown:  # a broken file is reported once
                 shown = row["output"]
-                terminalreporter.write_line(f"          {_summary(shown)}")
+                first, *others = shown.splitlines()
+                write(
+                    f"          first of {len(others) + 1} failures: {first}" if others else f"          {first}"
+                )
         if any(row["question"] == "2.1" for row in rows):
             points, remark = f"– / {PERPLEXITY_POINTS}", "graded on the test data of the course"
-            terminalreporter.write_line(line("2.6", "perplexity of model.pt under 50", "", points, remark))
+            write(line("2.6", "perplexity of model.pt under 50", "", points, remark))
         total, possible = _total(rows)
-        terminalreporter.write_line(line("total", "", "", f"{total} / {possible}", "").rstrip())
-        notes = self.notes(rows)
-        if self.n_failed_without_points:
-            notes.append(f"{self.n_failed_without_points} failures cost no points: what they test is optional")
-        for note in notes:
-            terminalreporter.write_line(note)
+        write(line("total", "", "", f"{total} / {possible}", "").rstrip())
+        for text in self.notes(rows):
+            write(text)
+        if advice := self.advice(rows):
+            write("\ngood to have, no points:")
+            for text in advice:
+                write(text)
         if path := self.config.getoption("points_json"):
             Path(path).write_text(json.dumps(self.results(rows), indent=2) + "\n", encoding="utf-8")
-            terminalreporter.write_line(f"points written to {path}")
+            write(f"points written to {path}")
 
     def results(self, rows) -> dict:
         """The table in the form of Gradescope's results.json; groups without a decision are left out."""
@@ -204,8 +233,9 @@ class Tally:
             if row["points"] is not None
         ]
         undecided = [f"{r['question']} {r['part']}: {r['output']}" for r in rows if r["points"] is None]
-        output = "\n".join(self.notes(rows) + undecided + ["2.6 is graded on the course's test data"])
-        return {"score": _total(rows)[0], "output": output, "tests": tests}
+        advice = [f"good to have, no points: {text}" for text in self.advice(rows)]
+        output = self.notes(rows) + undecided + ["2.6 is graded on the course's test data"] + advice
+        return {"score": _total(rows)[0], "output": "\n".join(output), "tests": tests}
 
 
 def _first_line(report) -> str:
@@ -214,12 +244,18 @@ def _first_line(report) -> str:
     return ((crash.message if crash else str(report.longrepr)).splitlines() or ["failed"])[0]
 
 
-def _summary(output: str) -> str:
-    """One line for the failures of a group, one on each line of `output`."""
-    first, *others = output.splitlines()
-    if NOT_WRITTEN in first:
-        return first.partition("NotImplementedError: ")[2]
-    return f"first of {len(others) + 1} failures: {first}" if others else first
+def _is_not_written(message: str) -> bool:
+    """Whether a failure comes from a stub: NotImplementedError, or the ... of the course's starter code."""
+    return NOT_WRITTEN in message or "NotImplementedError" in message or "ellipsis" in message
+
+
+def _place_in_the_code(error: BaseException) -> str:
+    """Where in the four files an error was raised, such as " (model.py, line 12: assert x.dim() == 3)"."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if (name := Path(frame.filename.strip("<>")).name) in CODE:
+            text = linecache.getline(frame.filename, frame.lineno).strip()
+            return f" ({name}, line {frame.lineno}{': ' if text else ''}{text})"
+    return ""
 
 
 def _why_it_does_not_load(error: BaseException) -> str:
@@ -231,6 +267,8 @@ def _why_it_does_not_load(error: BaseException) -> str:
     places = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     ours = [place for place in places if place[0].parent in (ROOT, ROOT / "tests")]
     file, line = (ours or places)[-1]
+    if isinstance(error, SystemExit):
+        return f'{file.name}, line {line}: runs at import; put it under if __name__ == "__main__":'
     return f"{file.name}, line {line}: {type(error).__name__}: {error}".splitlines()[0]
 
 

@@ -1,8 +1,7 @@
-"""Question 3.1: generate.py.
+"""Question 3.1: generate.py. Each text is compared with what the model gives token by token, without padding.
 
-The tokenizer of these tests has one token per ASCII character, so that a text shows which tokens were chosen:
-each is compared with what the model gives after the last n_positions tokens. The model's weights are large
-enough for the context to matter; an untrained model only repeats its last token.
+The model's weights are large enough for the context to matter; an untrained model only repeats its last token.
+Tests marked `question` give points; those marked `advice` test what this package adds to the handout.
 """
 
 import math
@@ -13,34 +12,51 @@ import numpy as np
 import pytest
 import torch
 from checks import check_close, check_equal, explained
+from conftest import HALF_CHARACTERS, SPACED
 from mistakes import generate as mistakes
 
 import generate
-from model import DecoderLM
 
-N_VOCAB, P, MAX_NEW = 129, 8, 12
-EOT = 128
+P, MAX_NEW = 16, 6
 
 
 @pytest.fixture
-def lm(randomise):
-    return randomise(DecoderLM(N_VOCAB, 21, 3, P, n_layer=2)).eval()
+def lm(make_lm):
+    return make_lm()
 
 
 @pytest.fixture
-def generate_texts(lm, ascii_tokenizer):
-    def generate_texts(prefixes, batch_size=1, max_new_tokens=MAX_NEW, temperature=0.0, model=lm):
-        arguments = model, torch.device("cpu"), ascii_tokenizer, list(prefixes), batch_size
-        n_tokens, errors = max(map(len, prefixes), default=0) + max_new_tokens, ()
-        what, hint = (
-            f"prefixes {prefixes}: expected texts",
-            "an empty prefix has no token: let it be <|endoftext|>",
+def generate_texts(lm, tokenizer, monkeypatch):
+    """generate() with a right softmax_with_temperature, so that a mistake in it costs its own points only."""
+    own_softmax = generate.softmax_with_temperature
+
+    def right_softmax(logits, temperature, *args, **kwargs):
+        right = (
+            (logits / temperature).softmax(-1) if temperature > 1e-5 else (logits == logits.amax(-1, True)) * 1.0
         )
+        try:
+            own = own_softmax(logits, temperature, *args, **kwargs)
+        except Exception:  # whatever a wrong or unfinished one raises
+            return right
+        return right if isinstance(own, torch.Tensor) and own.shape == right.shape else own
+
+    monkeypatch.setattr(generate, "softmax_with_temperature", right_softmax)
+
+    def generate_texts(prefixes, batch_size=1, max_new_tokens=MAX_NEW, temperature=0.0, model=lm):
+        arguments = model, torch.device("cpu"), tokenizer, list(prefixes), batch_size
+        longest, errors = max((len(tokenizer.encode_ordinary(p)) for p in prefixes), default=0), ()
+        what = f"prefixes {prefixes}: expected texts"
+        hint = "an empty prefix has no token: let it be <|endoftext|>"
         if "" in prefixes:
             errors = IndexError, ValueError, RuntimeError
-        elif n_tokens > P:
-            errors = IndexError, ValueError, RuntimeError  # what a model raises for too many tokens
-            what = f"{n_tokens} tokens with n_positions = {P}: expected a text"
+        elif longest + max_new_tokens > P:
+            errors = (
+                IndexError,
+                ValueError,
+                RuntimeError,
+                AssertionError,
+            )  # what a model raises for too many tokens
+            what = f"{longest + max_new_tokens} tokens with n_positions = {P}: expected a text"
             hint = "does the model get only the last n_positions tokens and their mask?"
         with explained(what, hint, *errors):
             texts = generate.generate(*arguments, max_new_tokens=max_new_tokens, temperature=temperature)
@@ -66,29 +82,22 @@ def with_constant_logits(model, logits: dict[int, float]):
     return model
 
 
-def check_greedy(model, prefix, text, hint="", max_new_tokens=MAX_NEW, n_padding=0):
-    """Assert that each token of `text`, and its end, has the highest logit after the P tokens before it.
+@pytest.fixture
+def check_greedy(lm, tokenizer):
+    def check_greedy(prefix, text, hint="", max_new_tokens=MAX_NEW, n_padding=0, model=lm):
+        """Assert that `text` has the likeliest token after all before it, again and again.
 
-    n_padding: the number of tokens by which the longest prefix of its batch is longer (for the guess).
-    """
-    __tracebackhide__ = True
-    prompt, new = [ord(c) for c in prefix] or [EOT], [ord(c) for c in text]
-    after = f"greedy text after {prefix!r}"
-    if len(new) > max_new_tokens:
-        guess = ": is the prompt returned with it?" if prefix and text.startswith(prefix) else ""
-        raise AssertionError(f"{after}: expected at most {max_new_tokens} tokens, got {len(new)}, {text!r}{guess}")
-    for i in range(min(len(new) + 1, max_new_tokens)):
-        logits = model(torch.tensor([(prompt + new[:i])[-P:]]))[0, -1]
-        got = new[i] if i < len(new) else EOT
-        if logits[got] < logits.max() - 1e-3:  # closer logits may be swapped by rounding
-            best = logits.argmax().item()
-            right = "the text to end" if best == EOT else repr(chr(best))
-            if i == len(new):
-                guess = hint or "is the last token lost, or does a row end where another does?"
-                raise AssertionError(f"{after}: expected {right} as new token {i}, got the end; {guess}")
-            guess = mistakes.of_greedy_text(model, prompt, new, EOT, n_padding) or hint
-            guess = guess or "is each token chosen after all before?"
-            raise AssertionError(f"{after}, new token {i}: expected {right}, got {chr(got)!r}; {guess}")
+        n_padding: the number of tokens by which the longest prefix of its batch is longer (for the guess).
+        """
+        __tracebackhide__ = True
+        prompt = tokenizer.encode_ordinary(prefix) or [tokenizer.eot_token]
+        right = tokenizer.decode(mistakes.greedy(model.eval(), prompt, max_new_tokens, tokenizer.eot_token))
+        if text != right:
+            guess = mistakes.of_greedy_text(model, tokenizer, prefix, max_new_tokens, text, n_padding)
+            guess = guess or hint or "is each token chosen after all before?"
+            raise AssertionError(f"greedy text after {prefix!r}: expected {right!r}, got {text!r}; {guess}")
+
+    return check_greedy
 
 
 # --- softmax_with_temperature ---
@@ -99,11 +108,12 @@ def normalised(weights):
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
+# Two rows of logits with the probabilities 1/8, 2/8, 5/8 and 6/9, 2/9, 1/9 at temperature 1.
+LOGITS = normalised([[1.0, 2, 5], [6, 2, 1]]).log() + torch.tensor([[3.0], [-2.0]])
+
+
 @pytest.mark.question("3.1", "softmax_with_temperature")
 class TestSoftmaxWithTemperature:
-    # Two rows of logits with the probabilities 1/8, 2/8, 5/8 and 6/9, 2/9, 1/9 at temperature 1.
-    logits = normalised([[1.0, 2, 5], [6, 2, 1]]).log() + torch.tensor([[3.0], [-2.0]])
-
     @pytest.mark.parametrize(
         "temperature, weights",
         [
@@ -113,121 +123,104 @@ class TestSoftmaxWithTemperature:
         ],
     )
     def test_softmax_of_logits_over_temperature(self, temperature, weights):
-        got = generate.softmax_with_temperature(self.logits.clone(), temperature)
-        wrong = mistakes.softmax_with_temperature(self.logits, temperature)
+        got = generate.softmax_with_temperature(LOGITS.clone(), temperature)
+        wrong = mistakes.softmax_with_temperature(LOGITS, temperature)
         check_close(got, normalised(weights), f"softmax_with_temperature at T = {temperature}", wrong)
 
     def test_zero_is_greedy(self):
         logits = torch.tensor([[1.0, 3.0, 2.0, -5.0], [900.0, 100.0, -900.0, 899.5]])
-        got = generate.softmax_with_temperature(logits, 0.0)
         what, hint = "softmax_with_temperature at T = 0", "all mass on the arg max"
-        assert not got.isnan().any(), f"{what}: expected {hint}, got NaN (0/0)"
+        with explained(f"{what}: expected {hint}", "division by 0", ZeroDivisionError):
+            got = generate.softmax_with_temperature(logits, 0.0)
+        assert not torch.as_tensor(got).isnan().any(), f"{what}: expected {hint}, got NaN (0/0)"
         right = torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
         check_close(got, right, what, {"temperature ignored": logits.softmax(-1)}, hint)
 
     def test_extreme_logits_do_not_overflow(self):
         logits = torch.tensor([[1000.0, 1001.0], [-1000.0, -1002.0]])
         what, hint = "probabilities of logits near ±1000", "exp overflows: use torch's softmax"
-        got = generate.softmax_with_temperature(logits, 1.0)
+        got = generate.softmax_with_temperature(logits.clone(), 1.0)
         check_close(got, normalised([[1.0, 2.718282], [7.389056, 1.0]]), what, hint=hint)
-        got = generate.softmax_with_temperature(logits, 1e-4)
+        got = generate.softmax_with_temperature(logits.clone(), 1e-4)
         check_close(got, [[0.0, 1.0], [1.0, 0.0]], f"{what} at T = 0.0001")
 
+
+@pytest.mark.advice("3.1", "softmax_with_temperature")
+class TestMoreOfSoftmax:
     def test_logits_are_left_alone(self):
-        logits = self.logits.clone()
         for temperature in (0.0, 0.5):
+            logits = LOGITS.clone()
             generate.softmax_with_temperature(logits, temperature)
-            check_close(
-                logits, self.logits, f"the logits passed in, after T = {temperature}", hint="changed in place"
-            )
+            check_close(logits, LOGITS, f"the logits passed in, after T = {temperature}", hint="changed in place")
+
+    def test_excluded_tokens_stay_out(self):
+        got = generate.softmax_with_temperature(torch.tensor([[0.0, -torch.inf, 0.0]]), 0.7)
+        check_close(got, [[0.5, 0.0, 0.5]], "probabilities where one logit is -inf")
+
+    def test_equal_logits_at_temperature_zero(self):
+        got = generate.softmax_with_temperature(torch.tensor([[2.0, 1.0, 2.0]]), 0.0)
+        check_close(got.sum(), 1.0, "the sum of probabilities")
+        check_close(got[0, 1], 0.0, "the probability of the lower logit")
 
 
 # --- generate ---
 
-
-PREFIXES = ["To be", "a", "or not", "th", "que"]
-LONG = ["The decoder reads", "nine char", "12345678", "once more unto the breach"]  # at least P = 8 tokens
+# The longest has 33 characters, twice n_positions, but only 8 tokens.
+PREFIXES = ["To be or not", "a", "Once upon a time there was a time", "th", " the café"]
 
 
 @pytest.mark.question("3.1", "generate")
 class TestGenerate:
-    def test_greedy_text_within_the_context(self, lm, generate_texts):
-        for prefix in PREFIXES:
-            room = P - len(prefix)
-            (text,), (again,) = (generate_texts([prefix], max_new_tokens=room) for _ in range(2))
-            assert text == again, f"T = 0: expected the same text twice, got {text!r}, {again!r}: is it sampled?"
-            check_greedy(lm, prefix, text, max_new_tokens=room)
+    @pytest.mark.parametrize("prefix", PREFIXES)
+    def test_greedy_text(self, generate_texts, check_greedy, prefix):
+        (text,), (again,) = generate_texts([prefix]), generate_texts([prefix])
+        assert text == again, f"T = 0: expected the same text twice, got {text!r}, {again!r}: is it sampled?"
+        check_greedy(prefix, text)
 
-    def test_the_window_slides_past_the_context(self, lm, generate_texts):
-        for prefix in PREFIXES:
-            (text,) = generate_texts([prefix])
-            check_greedy(lm, prefix, text, hint="does every token depend on exactly the last n_positions tokens?")
-
-    def test_prompts_as_long_as_the_context_or_longer(self, lm, generate_texts):
-        for prefix in LONG:
-            (text,) = generate_texts([prefix])
-            check_greedy(lm, prefix, text, hint="of a long prompt the last n_positions tokens count")
-
-    @pytest.mark.parametrize("prefixes, batch_size", [(PREFIXES, 2), (PREFIXES + LONG, 4), (LONG + PREFIXES, 20)])
-    def test_batches_change_nothing(self, lm, generate_texts, prefixes, batch_size):
-        texts = generate_texts(prefixes, batch_size)
-        alone = [generate_texts([prefix])[0] for prefix in prefixes]
+    @pytest.mark.parametrize("batch_size", [2, 3, 20])
+    def test_batches_change_nothing(self, generate_texts, check_greedy, tokenizer, batch_size):
+        texts = generate_texts(PREFIXES, batch_size)
+        alone = [generate_texts([prefix])[0] for prefix in PREFIXES]
         reordered = texts != alone and sorted(texts) == sorted(alone)
         assert not reordered, "texts: expected them in the order of the prefixes, got another order"
         hint = f"batches of {batch_size}: pad on the left, mask the padding, extend the mask by each"
         if len(set(texts[:batch_size])) == 1:
             hint = "all rows of a batch get the same tokens: is one token chosen for all of them?"
-        for i, (prefix, text) in enumerate(zip(prefixes, texts, strict=True)):
-            batch = prefixes[i - i % batch_size :][:batch_size]
-            n_padding = min(P, max(map(len, batch))) - min(P, len(prefix))
-            check_greedy(lm, prefix, text, hint, n_padding=n_padding)
+        lengths = [len(tokenizer.encode_ordinary(prefix)) for prefix in PREFIXES]
+        for i, (prefix, text) in enumerate(zip(PREFIXES, texts, strict=True)):
+            longest = max(lengths[i - i % batch_size :][:batch_size])
+            check_greedy(prefix, text, hint, n_padding=longest - lengths[i])
 
-    def test_an_empty_prefix_starts_from_endoftext(self, lm, generate_texts):
-        for prefixes in ([""], ["", "To be"], ["unto the breach", ""]):
-            texts = generate_texts(prefixes, batch_size=2)
-            hint = "an empty prefix is one <|endoftext|>, a real token, not padding"
-            for prefix, text in zip(prefixes, texts, strict=True):
-                check_greedy(lm, prefix, text, hint)
+    @pytest.mark.parametrize("batch_size", [1, 2])
+    def test_no_more_rows_at_once_than_batch_size(self, lm, generate_texts, batch_size):
+        check_rows(lm, lambda: generate_texts(PREFIXES, batch_size), batch_size, len(PREFIXES))
 
-    def test_a_row_ends_at_endoftext(self, lm, generate_texts):
-        # A longer embedding gives <|endoftext|> larger logits: with this one it ends rows early and late.
-        lm.token_embeddings.weight.data[EOT] *= -2.5
-        prefixes = [f"{a}{b}" for a in "aeiou" for b in "mnr"]
-        texts = generate_texts(prefixes, batch_size=6)
-        for prefix, text in zip(prefixes, texts, strict=True):
-            after = f"text after {prefix!r}"
-            assert "<|endoftext|>" not in text, f"{after}: expected no <|endoftext|> in it, got {text!r}"
-            check_greedy(lm, prefix, text, hint="a row ends at its own <|endoftext|>, and no row at another's")
-        lengths = {len(text) for text in texts}
-        assert len(lengths) > 3 and MAX_NEW in lengths, (
-            f"rows that end early and late: expected texts of several lengths, got {lengths}: a longer embedding "
-            "of <|endoftext|> must give it a larger logit: is the output matrix tied (question 1.3)?"
-        )
-
-    def test_a_row_that_ends_at_once_is_empty(self, lm, generate_texts):
-        with_constant_logits(lm, {EOT: 5.0, ord("a"): 0.0})
-        check_equal(generate_texts(PREFIXES, batch_size=3), [""] * 5, "texts where <|endoftext|> comes first")
-
-    @pytest.mark.parametrize("mode", ["training", "evaluation"])
-    def test_dropout_is_off_and_the_mode_restored(self, lm, randomise, generate_texts, mode):
-        model = randomise(DecoderLM(N_VOCAB, 21, 3, P, n_layer=2, p_dropout=0.5)).train(mode == "training")
-        for prefix, text in zip(PREFIXES, generate_texts(PREFIXES, 5, model=model), strict=True):
-            check_greedy(lm, prefix, text, hint="is dropout off while generating?")
-        hint = "put the model back into the mode it was in"
-        check_equal(
-            model.training, mode == "training", f"model.training after generate, {mode} mode before", hint=hint
-        )
+    @pytest.mark.parametrize("token", [SPACED, HALF_CHARACTERS], ids=["spaces", "half characters"])
+    def test_the_text_is_what_all_new_tokens_decode_to(self, lm, generate_texts, tokenizer, token):
+        token = tokenizer.encode_single_token(token)
+        with_constant_logits(lm, {token: 5.0})
+        right, alone = tokenizer.decode([token] * 4), tokenizer.decode([token])
+        wrong = {
+            "decoded token by token, which breaks characters of several bytes": alone * 4,
+            "tokens joined by spaces": " ".join([alone] * 4),
+            "the text is stripped": right.strip(),
+        }
+        wrong = {name: text for name, text in wrong.items() if text != right}
+        (text,) = generate_texts(["To be"], max_new_tokens=4)
+        check_equal(repr(text), repr(right), "text", {name: repr(text) for name, text in wrong.items()})
 
     @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
     def test_sampling_follows_the_temperature(self, lm, generate_texts, temperature):
-        # 20 rows of 100 independent draws: 2000 draws, sigma of a count sqrt(2000 p (1 - p)) <= 22.4.
+        # 200 rows of 10 independent draws: 2000 draws, sigma of a count sqrt(2000 p (1 - p)) <= 22.4.
         weights = {"a": 5.0, "b": 2.0, "c": 1.0}  # their probabilities at temperature 1, times 8
         with_constant_logits(lm, {ord(c): math.log(w) for c, w in weights.items()})
-        texts = generate_texts(["x"] * 20, 16, max_new_tokens=100, temperature=temperature)
-        what = "lengths of texts of 100 new tokens, none of them <|endoftext|>"
-        check_equal({len(text) for text in texts}, {100}, what)
-        hint = "greedy, or one draw for all rows?"
-        check_equal(len(set(texts)), 20, "number of different texts in 20 sampled rows", hint=hint)
+        texts = generate_texts(["x"] * 200, 64, max_new_tokens=10, temperature=temperature)
+        check_equal({len(text) for text in texts}, {10}, "lengths of texts of 10 new tokens")
+        # The likeliest text of all, at T = 0.5, has a probability of 0.17: 34 of 200, sigma 5.3.
+        common = Counter(texts).most_common(1)[0][1]
+        assert common < 64, (
+            f"200 sampled rows: expected different texts, got one {common} times: greedy, or one draw for all rows?"
+        )
         counts = Counter("".join(texts))
         hint = "other tokens have a logit of -100: is temperature applied after softmax?"
         check_equal(set(counts), set("abc"), "tokens sampled", hint=hint)
@@ -240,51 +233,104 @@ class TestGenerate:
         wrong = {f"T = {t}, temperature ignored or inverted": expected(t) for t in {1.0, 0.5, 2.0} - {temperature}}
         check_close([counts[c] for c in "abc"], expected(temperature), what, wrong, atol=112)  # 5 sigma
 
-    def test_sampled_rows_end_at_endoftext(self, lm, generate_texts):
-        with_constant_logits(lm, {EOT: 0.0, ord("a"): 0.0})
+    def test_two_samples_differ(self, generate_texts):
+        first, second = (generate_texts(["a"] * 4, temperature=3.0, max_new_tokens=15) for _ in range(2))
+        assert first != second, f"two calls at T = 3: expected other texts, got twice {first}: seeded inside?"
+
+
+def check_rows(model, call, batch_size, n_rows):
+    """Assert that the model embeds at most batch_size rows at once while `call` runs."""
+    __tracebackhide__ = True
+    seen = []
+    model.token_embeddings.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    call()
+    wrong = {"batch_size is ignored: all rows go through the model at once": n_rows}
+    most = max(seen, default=0)
+    check_equal(max(most, batch_size), batch_size, f"rows at once with batch_size = {batch_size}", wrong)
+    return seen
+
+
+LONG = ["Once upon a time" * 5, "To be or not To be or not To be or not To be or not To", "nine char" * 3]
+LONG_NEW = P + 5  # so that the window slides for every prefix
+
+
+@pytest.mark.advice("3.1", "generate")
+class TestMoreOfGenerate:
+    def test_the_window_slides_past_the_context(self, generate_texts, check_greedy):
+        hint = "does every token depend on exactly the last n_positions tokens?"
+        for prefix in PREFIXES:
+            (text,) = generate_texts([prefix], max_new_tokens=LONG_NEW)
+            check_greedy(prefix, text, hint, LONG_NEW)
+
+    def test_prompts_as_long_as_the_context_or_longer(self, generate_texts, check_greedy):
+        for prefix in LONG:
+            (text,) = generate_texts([prefix])
+            check_greedy(prefix, text, hint="of a long prompt the last n_positions tokens count")
+
+    def test_batches_of_long_and_short_prompts(self, generate_texts, check_greedy):
+        for prefixes, batch_size in ((PREFIXES + LONG, 4), (LONG + PREFIXES, 20)):
+            texts = generate_texts(prefixes, batch_size, LONG_NEW)
+            for prefix, text in zip(prefixes, texts, strict=True):
+                check_greedy(prefix, text, "in a batch, the window and its mask slide together", LONG_NEW)
+
+    def test_several_rows_at_once(self, lm, generate_texts):
+        seen = check_rows(lm, lambda: generate_texts(PREFIXES, 3), 3, len(PREFIXES))
+        wrong = {"one row at a time, which is slow": 1}
+        check_equal(max(seen, default=3), 3, "rows at once with batch_size = 3", wrong)
+
+    def test_an_empty_prefix_starts_from_endoftext(self, generate_texts, check_greedy):
+        for prefixes in ([""], ["", "To be"], [" the time", ""]):
+            hint = "an empty prefix is one <|endoftext|>, a real token, not padding"
+            for prefix, text in zip(prefixes, generate_texts(prefixes, batch_size=2), strict=True):
+                check_greedy(prefix, text, hint)
+
+    def test_a_row_ends_at_endoftext(self, lm, generate_texts, check_greedy):
+        with torch.no_grad():  # a longer embedding gives <|endoftext|> larger logits, here of either sign
+            lm.token_embeddings.weight[-1] = 6.0 * torch.randn(21, generator=torch.Generator().manual_seed(3))
+        prefixes = [f"{a}{b}" for a in "aeiou" for b in "mnr"]
+        texts = generate_texts(prefixes, batch_size=6)
+        hint = "a row ends at its own <|endoftext|>, and no row at another's"
+        for prefix, text in zip(prefixes, texts, strict=True):
+            assert "<|endoftext|>" not in text, f"text after {prefix!r}: expected no <|endoftext|>, got {text!r}"
+            check_greedy(prefix, text, hint)
+
+    def test_a_row_that_ends_at_once_is_empty(self, lm, generate_texts, tokenizer):
+        with_constant_logits(lm, {tokenizer.eot_token: 5.0, ord("a"): 0.0})
+        check_equal(generate_texts(PREFIXES, batch_size=3), [""] * 5, "texts where <|endoftext|> comes first")
+
+    def test_sampled_rows_end_at_endoftext(self, lm, generate_texts, tokenizer):
+        with_constant_logits(lm, {tokenizer.eot_token: 0.0, ord("a"): 0.0})
         texts = generate_texts(["x", "longer"] * 200, 50, max_new_tokens=6, temperature=1.0)
         check_equal(set("".join(texts)), {"a"}, "tokens in the texts")
         # 400 draws with p = 1/2: 200 with sigma 10, 5 sigma = 50
         what = "number of empty texts of 400, <|endoftext|> with probability 1/2"
         check_close(texts.count(""), 200, what, atol=50)
 
-    def test_two_samples_differ(self, generate_texts):
-        first, second = (generate_texts(["To be"], temperature=1.5, max_new_tokens=30) for _ in range(2))
-        assert first != second, f"two calls at T = 1.5: expected two texts, got twice {first}: seeded inside?"
+    @pytest.mark.parametrize("mode", ["training", "evaluation"])
+    def test_dropout_is_off_and_the_mode_restored(self, make_lm, generate_texts, check_greedy, mode):
+        model = make_lm(p_dropout=0.5).train(mode == "training")
+        texts = generate_texts(PREFIXES, 5, model=model)
+        hint = "put the model back into the mode it was in"
+        what = f"model.training after generate, {mode} mode before"
+        check_equal(model.training, mode == "training", what, hint=hint)
+        for prefix, text in zip(PREFIXES, texts, strict=True):
+            check_greedy(prefix, text, hint="is dropout off while generating?", model=model)
 
+    def test_the_seed_of_torch_repeats_a_sample(self, generate_texts):
+        texts = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            texts.append(generate_texts(PREFIXES, 2, temperature=3.0))
+            random.random(), np.random.rand()  # draws of other generators must not matter
+        check_equal(texts[1], texts[0], "texts after the same torch.manual_seed")
 
-# --- More of the interface, without points ---
+    def test_no_prefixes_no_texts(self, generate_texts):
+        check_equal(generate_texts([]), [], "texts for no prefixes")
 
+    def test_a_literal_endoftext_in_a_prefix_is_text(self, generate_texts, check_greedy):
+        (text,) = generate_texts(["a<|endoftext|>"])
+        check_greedy("a<|endoftext|>", text, hint="encode_ordinary reads it as plain characters")
 
-def test_the_seed_of_torch_repeats_a_sample(generate_texts):
-    texts = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        texts.append(generate_texts(PREFIXES, 2, temperature=1.0))
-        random.random(), np.random.rand()  # draws of other generators must not matter
-    check_equal(texts[1], texts[0], "texts after the same torch.manual_seed (no points)")
-
-
-def test_no_prefixes_no_texts(generate_texts):
-    check_equal(generate_texts([]), [], "texts for no prefixes")
-
-
-def test_a_literal_endoftext_in_a_prefix_is_text(lm, generate_texts):
-    prefix = "a<|endoftext|>"
-    check_greedy(lm, prefix, generate_texts([prefix])[0], hint="encode_ordinary reads it as plain characters")
-
-
-def test_a_model_in_double_precision(lm, generate_texts):
-    for prefix, text in zip(PREFIXES, generate_texts(PREFIXES, 3, model=lm.double()), strict=True):
-        check_greedy(lm, prefix, text)
-
-
-def test_softmax_with_temperature_keeps_excluded_tokens_out():
-    got = generate.softmax_with_temperature(torch.tensor([[0.0, -torch.inf, 0.0]]), 0.7)
-    check_close(got, [[0.5, 0.0, 0.5]], "probabilities where one logit is -inf")
-
-
-def test_equal_logits_at_temperature_zero():
-    got = generate.softmax_with_temperature(torch.tensor([[2.0, 1.0, 2.0]]), 0.0)
-    check_close(got.sum(), 1.0, "the sum of probabilities")
-    check_close(got[0, 1], 0.0, "the probability of the lower logit")
+    def test_a_model_in_double_precision(self, lm, generate_texts, check_greedy):
+        for prefix, text in zip(PREFIXES, generate_texts(PREFIXES, 3, model=lm.double()), strict=True):
+            check_greedy(prefix, text)

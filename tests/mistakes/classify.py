@@ -14,13 +14,17 @@ def last_logits(model, rows, masks=None):
 
 
 @torch.no_grad()
-def score_of_one_text(model, row):
+def score_of_one_text(model, tokenizer, text):
+    P, row = len(model.position_embeddings.weight), tokenizer.encode_ordinary(text)
     right = last_logits(model, [row])
     wrong = {
         "probabilities, not logits": right.softmax(-1),
         "log-probabilities, not logits": right.log_softmax(-1),
         "the decoder blocks are skipped": model.token_logits(model.ln(model.embed(torch.tensor([row]))))[:, -1],
     }
+    if len(text) > P:
+        name = "encode(text)[-P:], not encode(text[-P:]): n_positions counts tokens, not characters"
+        wrong[name] = last_logits(model, [tokenizer.encode_ordinary(text[-P:])])
     if len(row) > 1:
         wrong["the logits of the first position"] = last_logits(model, [row[:1]])
         wrong["the logits of the last position but one"] = last_logits(model, [row[:-1]])
@@ -46,6 +50,7 @@ def score_in_batches(model, rows, batch_size, pad_token):
 
 
 # --- classify_binary_sentiment: the labels that each mistake gives, by the rows' p(positive) ---
+# None stands for a row whose p(positive) is a middle value: either label will do.
 
 SWAPPED = "tokens_of_interest is [negative, positive], here swapped"
 WHOLE_VOCABULARY = "probabilities of the whole vocabulary, not of the two tokens"
@@ -60,17 +65,16 @@ LIKELIER_TOKEN = {  # 0.9, 0.2, 0.51, 0.49, 0.7
 }
 EQUAL_LOGITS = {TIES_ARE_POSITIVE: [1, 1, 1, 0], SWAPPED: [0, 0, 0, 1]}  # 0.5, 0.6, 0.5, 0.4
 BOUNDARY_ABOVE_ONE_HALF = {  # 0.97, 0.55, 0.6, 0.66, 0.62, 0.51, 0.58, 0.98, 0.59
-    NOT_CALIBRATED: [1, 1, 1, 1, 1, 1, 1, 1, 1],
-    f"{OUTLIERS}: the mean, or the middle of the range": [1, 0, 0, 0, 0, 0, 0, 1, 0],
-    f"{TIES_ARE_POSITIVE}; or more rows are made 1 than 0": [1, 0, 1, 1, 1, 0, 0, 1, 0],
-    WHOLE_VOCABULARY: [1, 0, 0, 0, 1, 0, 1, 0, 1],
-    SWAPPED: [0, 1, 0, 0, 0, 1, 1, 0, 1],
+    NOT_CALIBRATED: [1, 1, None, 1, 1, 1, 1, 1, 1],
+    f"{OUTLIERS}: the mean, or the middle of the range": [1, 0, None, 0, 0, 0, 0, 1, 0],
+    WHOLE_VOCABULARY: [1, 0, None, 0, 1, 0, 1, 0, 1],
+    SWAPPED: [0, 1, None, 0, 0, 1, 1, 0, 1],
 }
 BOUNDARY_BELOW_ONE_HALF = {  # 0.1, 0.22, 0.2, 0.45, 0.15, 0.48, 0.12
-    NOT_CALIBRATED: [0, 0, 0, 0, 0, 0, 0],
-    f"{OUTLIERS}: the mean": [0, 0, 0, 1, 0, 1, 0],
-    "calibrated only upwards": [0, 0, 0, 0, 0, 0, 0],
+    f"{NOT_CALIBRATED}, or calibrated only upwards": [0, 0, None, 0, 0, 0, 0],
+    f"{OUTLIERS}: the mean": [0, 0, None, 1, 0, 1, 0],
 }
+MIDDLE_ROW = {f"{TIES_ARE_POSITIVE}; or more rows are made 1 than 0": [1, 0, 1, 1, 1, 0, 0, 1, 0]}
 EVEN_NUMBER = {  # 0.3, 0.9, 0.6, 0.2
     "only one of four rows is made 1": [0, 1, 0, 0],
     TIES_ARE_POSITIVE: [1, 1, 1, 0],

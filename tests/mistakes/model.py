@@ -161,21 +161,61 @@ ACTIVATIONS = {
 }
 
 
+def gelu(u):
+    return u * 0.5 * (1 + math.erf(u / math.sqrt(2)))
+
+
 @torch.no_grad()
-def residual_stream(block, x, a, c):
-    """A block whose attention always adds a and whose feed-forward always adds c."""
-    return {
-        "no residual connection around the attention": (a + c).expand_as(x),
-        "no residual connection around the feed-forward": c.expand_as(x),
-        "the feed-forward adds to x, and the attention's part is lost": x + c,
-        "the feed-forward is left out": x + a,
-        "x is added twice": 2 * x + a + c,
-        "LayerNorm after the addition (post-LN): it belongs before each sublayer": (
-            block.ln_2(block.ln_1(x + a) + c)
+def block_outputs(block, x, mask=None):
+    """The two right outputs of a block, pre-LN and post-LN, and those of common mistakes."""
+    ln_1, ln_2, ff = block.ln_1, block.ln_2, block.ff
+
+    def mha(x):
+        return block.mha(x, mask)
+
+    def pre(norm_1=ln_1, norm_2=ln_2, mha=mha):
+        y = x + mha(norm_1(x))
+        return y + ff(norm_2(y))
+
+    def post(norm_1=ln_1, norm_2=ln_2, mha=mha):
+        y = norm_1(x + mha(x))
+        return norm_2(y + ff(y))
+
+    def identity(x):
+        return x
+
+    added = x + mha(ln_1(x))
+    wrong = {
+        "no residual connection around the attention": mha(ln_1(x)) + ff(ln_2(mha(ln_1(x)))),
+        "no residual connection around the feed-forward": ff(ln_2(added)),
+        "no residual connections": ff(ln_2(mha(ln_1(x)))),
+        "the feed-forward is left out": added,
+        "the attention is left out": x + ff(ln_2(x)),
+        "attention and feed-forward side by side: the second must read what the first wrote": (
+            x + mha(ln_1(x)) + ff(ln_2(x))
         ),
-        "LayerNorm after the whole block": block.ln_2(x + a + c),
-        "LayerNorm on the residual stream: x is replaced by ln_1(x)": block.ln_1(x) + a + c,
+        "the feed-forward adds to x, and the attention's part is lost": x + ff(ln_2(added)),
+        "x is added twice": added + x + ff(ln_2(added)),
+        "LayerNorm on the residual stream: x is replaced by ln_1(x)": (
+            (y := ln_1(x) + mha(ln_1(x))) + ff(ln_2(y))
+        ),
+        "LayerNorm on the residual stream: x is replaced by ln_2(x)": ln_2(added) + ff(ln_2(added)),
+        "no LayerNorm at all": pre(identity, identity),
+        "no LayerNorm before the attention": pre(norm_1=identity),
+        "no LayerNorm before the feed-forward": pre(norm_2=identity),
+        "no LayerNorm after the attention": post(norm_1=identity),
+        "no LayerNorm after the feed-forward": post(norm_2=identity),
+        "ln_1 in both places": pre(norm_2=ln_1),
+        "ln_2 in both places": pre(norm_1=ln_2),
+        "ln_1 in both places (post-LN)": post(norm_2=ln_1),
+        "ln_1 and ln_2 swapped": pre(ln_2, ln_1),
+        "ln_1 and ln_2 swapped (post-LN)": post(ln_2, ln_1),
+        "LayerNorm before the residual connection is added (post-LN)": (y := x + ln_1(mha(x))) + ln_2(ff(y)),
     }
+    if mask is not None:
+        wrong["attention_mask is not passed to the attention"] = pre(mha=block.mha)
+        wrong["attention_mask is not passed to the attention (post-LN)"] = post(mha=block.mha)
+    return [pre(), post()], wrong
 
 
 # --- DecoderLM ---
@@ -208,33 +248,52 @@ def embedding_with_padding(lm, ids, mask):
 
 
 def initial_std(writes_residual, n_layer, fan_in):
-    residual_std = 0.02 / math.sqrt(2 * n_layer)
     wrong = {
         "torch's default initialisation": 1 / math.sqrt(3 * fan_in),
         "N(0, 1), torch's default of embeddings": 1.0,
-        "n_layer in place of 2·n_layer": 0.02 / math.sqrt(n_layer),
     }
     if writes_residual:
-        return wrong | {"no 1/sqrt(2·n_layer) for mha.proj and ff.linear_out: do their names match?": 0.02}
+        return wrong | {
+            "n_layer in place of 2·n_layer": 0.02 / math.sqrt(n_layer),
+            "no 1/sqrt(2·n_layer) for mha.proj and ff.linear_out: do their names match?": 0.02,
+        }
+    residual_std = 0.02 / math.sqrt(2 * n_layer)
     return wrong | {"the smaller start belongs to mha.proj and ff.linear_out only": residual_std}
 
 
-def without_blocks(lm, ids):
-    """Logits of a model whose blocks all add nothing."""
-    zeros_masked = (ids != 0).float()
-    return {
-        "the final ln is skipped": lm.token_logits(lm.embed(ids)),
-        "token 0 is taken for padding: only attention_mask says what is": (
-            lm.token_logits(lm.ln(lm.embed(ids, zeros_masked)))
-        ),
-    }
+@torch.no_grad()
+def logits(lm, ids, mask=None):
+    """The right logits of a model with these parts, and those of common mistakes in putting them together."""
 
+    def through(blocks=lm.blocks, ids=ids, embed_mask=mask, block_mask=mask, before=None, after=lm.ln):
+        x = lm.embed(ids, embed_mask)
+        x = x if before is None else before(x)
+        for block in blocks:
+            x = block(x, block_mask)
+        return lm.token_logits(x if after is None else after(x))
 
-def left_padding(lm, ids, mask):
-    x = lm.embed(ids)
-    for block in lm.blocks:
-        x = block(x, mask)
-    return {
-        "attention_mask ignored": lm(ids),
-        "embed does not get attention_mask": lm.token_logits(lm.ln(x)),
+    wrong = {
+        "the blocks are skipped": through([]),
+        "only the first block is applied": through(lm.blocks[:1]),
+        "the blocks are applied twice": through([*lm.blocks, *lm.blocks]),
+        "each block is applied twice": through([block for block in lm.blocks for _ in range(2)]),
+        "the first block is applied in place of the others": through([lm.blocks[0]] * len(lm.blocks)),
+        "the blocks are applied in reverse order": through(list(lm.blocks)[::-1]),
+        "the final ln is skipped": through(after=None),
+        "ln comes before the blocks, it must come after them": through(before=lm.ln, after=None),
+        "ln before the blocks and after them": through(before=lm.ln),
+        "scaled by sqrt(D)": through() * lm.token_embeddings.weight.shape[1] ** 0.5,
+        "divided by sqrt(D)": through() / lm.token_embeddings.weight.shape[1] ** 0.5,
+        "probabilities, not logits": through().softmax(-1),
     }
+    if mask is None:
+        for token in (0, len(lm.token_embeddings.weight) - 1):
+            name = f"token {token} is taken for padding: only attention_mask says what is"
+            wrong[name] = through(embed_mask=(ids != token).float(), block_mask=(ids != token).float())
+    else:
+        wrong |= {
+            "attention_mask ignored": through(embed_mask=None, block_mask=None),
+            "embed does not get attention_mask": through(embed_mask=None),
+            "the blocks do not get attention_mask": through(block_mask=None),
+        }
+    return through(), wrong

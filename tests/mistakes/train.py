@@ -16,6 +16,9 @@ SEQUENTIAL_BATCHES = {
         [[0, 1, 2, 3, 4], [10, 11, 12, 13, 14], [20, 21, 22, 23, 24]],
         [[5, 6, 7, 8, 9], [15, 16, 17, 18, 19], [25, 26, 27, 28, 29]],
     ],
+    "rows start at every token: each must start where the row before it ends": (
+        torch.arange(6)[:, None] + torch.arange(5)
+    ).view(2, 3, 5),
     "the first batch again": torch.arange(15).view(3, 5).expand(2, 3, 5),
 }
 
@@ -33,6 +36,7 @@ ANNEALING = {  # steps 4, 6, 8, 10, 11
     "the cosine is b steps long: it must end at step b": [1.0, 0.946410, 0.8, 0.6, 0.496472],
     "min_lr reached one step early: at step b - 1, not b": [1.0, 0.849396, 0.510992, 0.239612, 0.2],
     "the cosine starts one step early": [0.969552, 0.753073, 0.446927, 0.230448, 0.2],
+    "+ min_lr is missing": [0.8, 0.682843, 0.4, 0.117157, 0.030448],
     "decay to 0, not to min_lr": [1.0, 0.853553, 0.5, 0.146447, 0.038060],
     "the cosine falls by max_lr: it must end at min_lr": [1.2, 1.053553, 0.7, 0.346447, 0.238060],
     "a linear decay": [1.0, 0.8, 0.6, 0.4, 0.3],

@@ -1,0 +1,127 @@
+"""Right parts in place of a solution's own, so that one mistake costs the points of one group only."""
+
+import torch
+import torch.nn.functional as F
+from mistakes.model import attention, split_heads
+from torch import nn
+
+from model import DecoderLM, MultiHeadAttention
+
+
+def use_right_attention(model: nn.Module, n_head: int, only_q_kT_v: bool = False) -> nn.Module:
+    """Let every MultiHeadAttention in `model` split its heads, and attend, as PyTorch does."""
+
+    def q_kT_v(mha, x):
+        q, k, v = (split_heads(linear(x), n_head) for linear in (mha.q_attn, mha.k_attn, mha.v_attn))
+        return q, k.transpose(2, 3), v
+
+    def self_attention(q, kT, v, attention_mask=None):
+        visible = torch.ones(q.shape[2], kT.shape[3], dtype=torch.bool).tril()
+        if attention_mask is not None:
+            visible = visible & attention_mask[:, None, None, :].bool()
+        return attention(q, kT, v, visible).nan_to_num()
+
+    for mha in model.modules():
+        if isinstance(mha, MultiHeadAttention):
+            mha.q_kT_v = lambda x, mha=mha: q_kT_v(mha, x)
+            if not only_q_kT_v:
+                mha.self_attention = self_attention
+    return model
+
+
+def position_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def use_right_embed(lm: DecoderLM) -> DecoderLM:
+    """Let `lm` embed tokens and positions rightly, without dropout."""
+
+    def embed(input_ids, attention_mask=None):
+        positions = position_ids(input_ids, attention_mask)
+        return lm.token_embeddings.weight[input_ids] + lm.position_embeddings.weight[positions]
+
+    lm.embed = embed
+    return lm
+
+
+class Mixer(nn.Module):
+    """Adds to each real token something that depends on it and the real tokens before it."""
+
+    def __init__(self, n_embd: int, p_dropout: float):
+        super().__init__()
+        self.linear = nn.Linear(2 * n_embd, n_embd)
+        self.dropout = nn.Dropout(p_dropout)
+
+    def forward(self, x, attention_mask=None):
+        mask = torch.ones_like(x[..., :1]) if attention_mask is None else attention_mask[..., None].to(x.dtype)
+        mean = (x * mask).cumsum(dim=1) / mask.cumsum(dim=1).clamp(min=1)
+        return x + 3 * self.dropout(torch.tanh(self.linear(torch.cat([x, mean], dim=-1))))
+
+
+class PlainLM(nn.Module):
+    """A language model with DecoderLM's interface, but without attention."""
+
+    def __init__(self, n_vocab, n_embd, n_head, n_positions, n_layer, p_dropout=0.1):
+        super().__init__()
+        self.n_vocab, self.n_embd, self.n_head = n_vocab, n_embd, n_head
+        self.n_positions, self.n_layer, self.p_dropout = n_positions, n_layer, p_dropout
+        self.flops_per_token = 1
+        self.token_embeddings = nn.Embedding(n_vocab, n_embd)
+        self.position_embeddings = nn.Embedding(n_positions, n_embd)
+        self.blocks = nn.ModuleList(Mixer(n_embd, p_dropout) for _ in range(n_layer))
+        self.ln = nn.LayerNorm(n_embd)
+        self.dropout = nn.Dropout(p_dropout)
+
+    def embed(self, input_ids, attention_mask=None):
+        if input_ids.shape[1] > self.n_positions:
+            raise ValueError(f"{input_ids.shape[1]} tokens are more than n_positions = {self.n_positions}")
+        positions = self.position_embeddings(position_ids(input_ids, attention_mask))
+        return self.dropout(self.token_embeddings(input_ids) + positions)
+
+    def hidden_states(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids, attention_mask)
+        for block in self.blocks:
+            x = block(x, attention_mask)
+        return self.ln(x)
+
+    def token_logits(self, x):
+        return F.linear(x, self.token_embeddings.weight)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.token_logits(self.hidden_states(input_ids, attention_mask))
+
+
+class Bigrams(nn.Module):
+    """Predicts the next token from the present one alone: for the training loop any model will do."""
+
+    flops_per_token = 1
+
+    def __init__(self, n_vocab: int, n_embd: int):
+        super().__init__()
+        self.token_embeddings = nn.Embedding(n_vocab, n_embd)
+        self.linear = nn.Linear(n_embd, n_vocab)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.linear(self.token_embeddings(input_ids))
+
+
+@torch.no_grad()
+def _is_right(lm: DecoderLM) -> bool:
+    """Whether the logits depend neither on left padding nor on later tokens."""
+    ids, mask = torch.tensor([[0, 0, 7, 5, 6], [9, 1, 3, 3, 2]]), torch.ones(2, 5)
+    mask[0, :2] = 0.0
+    padded = lm(ids, mask)
+    pairs = [(padded[:1, 2:], lm(ids[:1, 2:])), (padded[1:], lm(ids[1:])), (padded[1:, :3], lm(ids[1:, :3]))]
+    return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-3) for a, b in pairs)
+
+
+def language_model(randomise, *args, **kwargs) -> nn.Module:
+    """The solution's DecoderLM in evaluation mode if it is right, else a PlainLM, with random weights."""
+    try:
+        lm = randomise(DecoderLM(*args, **kwargs)).eval()
+        if _is_right(lm):
+            return lm
+    except Exception:  # whatever a wrong or unfinished model raises
+        pass
+    return randomise(PlainLM(*args, **kwargs)).eval()
