@@ -42,30 +42,24 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session", autouse=True)
 def no_network():
     """Connections that leave this machine fail with a message; loopback and Unix sockets work."""
+    connect, resolve = socket.socket.connect, socket.getaddrinfo
 
-    def is_local(host) -> bool:
-        host = host.decode() if isinstance(host, bytes) else host
-        return not host or host in ("localhost", "::1") or str(host).startswith("127.")
+    def check(host):
+        host = host.decode() if isinstance(host, bytes) else str(host or "localhost")
+        if host not in ("localhost", "::1") and not host.startswith("127."):
+            raise OSError(f"tests run without network, but something asked for {host!r}")
 
-    def guard(method):
-        def guarded(self, *args):
-            address = args[-1]  # connect(address), sendto(data[, flags], address)
-            if self.family in (socket.AF_INET, socket.AF_INET6) and not is_local(address[0]):
-                raise OSError(f"tests run without network, but something called {method.__name__}({address!r})")
-            return method(self, *args)
-
-        return guarded
-
-    resolve = socket.getaddrinfo
+    def guarded_connect(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            check(address[0])
+        return connect(self, address)
 
     def guarded_resolve(host, *args, **kwargs):
-        if not is_local(host):
-            raise OSError(f"tests run without network, but something looked up {host!r}")
+        check(host)
         return resolve(host, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("connect", "connect_ex", "sendto"):
-            patch.setattr(socket.socket, name, guard(getattr(socket.socket, name)))
+        patch.setattr(socket.socket, "connect", guarded_connect)
         patch.setattr(socket, "getaddrinfo", guarded_resolve)
         yield
 
@@ -90,7 +84,7 @@ def fixed_seeds_and_torch_state(request):
 
 
 # Whole words as tokens: a text has fewer tokens than characters.
-WORDS = "Once| upon| a| time| there| was| the| good| bad| not| To| be| or| review".split("|")
+WORDS = ["Once", "To", *(f" {word}" for word in "upon a time there was the good bad not be or review To".split())]
 # Tokens that no text is encoded to: one with spaces around it, and one that ends in the middle of "é".
 SPACED, HALF_CHARACTERS = b" the ", b"\xa9 \xc3"
 
@@ -105,6 +99,15 @@ def tokenizer():
         pat_str=r" ?[^\s]+|\s",
         mergeable_ranks={token: i for i, token in enumerate(tokens)},
         special_tokens={"<|endoftext|>": len(tokens)},
+    )
+
+
+@pytest.fixture(scope="session")
+def ascii_tokenizer():  # for tests/package, until they use `tokenizer`
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {bytes([i]): i for i in range(128)}
+    return tiktoken.Encoding(
+        "ascii", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 128}
     )
 
 

@@ -8,7 +8,6 @@ advice; `--points-json FILE` also writes it in the form of Gradescope's results.
 """
 
 import json
-import linecache
 import signal
 import traceback
 from pathlib import Path
@@ -84,13 +83,12 @@ class Tally:
     @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(self, collector):
         try:
-            report = yield
-            error = report.call.excinfo.value if report.failed else None
+            report, error = (yield), None
         except SystemExit as exit_at_import:
-            error = exit_at_import
             report = pytest.CollectReport(collector.nodeid, "failed", "the code exits when it is imported", [])
-        if report.failed and collector.path.name in {file for _, file in GROUPS.values()}:
-            reason = _why_it_does_not_load(error)
+            error = exit_at_import
+        if report.failed and collector.path.name in FILES[1:]:
+            reason = _why_it_does_not_load(error or report.call.excinfo.value)
             if reason in self.broken.values():  # every test file imports model.py: one traceback is enough
                 report.outcome, report.longrepr, report.result = "passed", None, []
             self.broken[collector.path.name] = reason
@@ -99,10 +97,8 @@ class Tally:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
-        crash = getattr(report.longrepr, "reprcrash", None)
-        if report.failed and crash and call.excinfo:
-            first, *others = crash.message.splitlines() or [""]
-            crash.message = "\n".join([first + _place_in_the_code(call.excinfo.value), *others])
+        if report.failed and (crash := getattr(report.longrepr, "reprcrash", None)):
+            crash.message = _first_line(report) + _place_in_the_code(call.excinfo.value)
         return report
 
     def pytest_report_teststatus(self, report):
@@ -143,12 +139,12 @@ class Tally:
         rows = []
         for group, (points, file) in GROUPS.items():
             nodes = [node for node, its_group in self.group_of.items() if its_group == group]
-            row = {"question": group[0], "part": group[1], "max": points, "points": None, "output": ""}
             outcomes = [self.outcomes.get(node) for node in nodes]
             ran = [outcome for outcome in outcomes if outcome in ("passed", "failed")]
+            row = {"question": group[0], "part": group[1], "max": points, "points": None, "output": ""}
             row["tests"] = f"{ran.count('passed')} of {len(ran)}"
             if file in self.broken:
-                row |= {"tests": "0 of 0", "points": 0, "output": self.broken[file]}
+                row |= {"points": 0, "output": self.broken[file]}
             elif not nodes:
                 continue
             elif "failed" in ran:
@@ -177,11 +173,10 @@ class Tally:
         ]
 
     def notes(self, rows) -> list[str]:
-        notes = []
+        notes, by_name = [], any("::" in str(arg) for arg in self.config.args)
         if left_out := len(GROUPS) - len(rows):
             notes.append(f"partial run: {left_out} of the {len(GROUPS)} groups of points were not run")
-        chosen = self.deselected or any("::" in str(arg) for arg in self.config.args)
-        if chosen or self.config.getoption("lf", False):
+        if self.deselected or by_name or self.config.getoption("lf", False):
             notes.append("partial run: tests were chosen by name or mark; run all of them for the final points")
         return notes
 
@@ -222,19 +217,14 @@ class Tally:
 
     def results(self, rows) -> dict:
         """The table in the form of Gradescope's results.json; groups without a decision are left out."""
-        tests = [
-            {
-                "name": f"{row['question']} {row['part']}",
-                "score": row["points"],
-                "max_score": row["max"],
-                "output": row["output"] or f"{row['tests']} tests passed",
-            }
-            for row in rows
-            if row["points"] is not None
-        ]
-        undecided = [f"{r['question']} {r['part']}: {r['output']}" for r in rows if r["points"] is None]
-        advice = [f"good to have, no points: {text}" for text in self.advice(rows)]
-        output = self.notes(rows) + undecided + ["2.6 is graded on the course's test data"] + advice
+        tests, output = [], [*self.notes(rows), "2.6 is graded on the course's test data"]
+        for row in rows:
+            name, text = f"{row['question']} {row['part']}", row["output"] or f"{row['tests']} tests passed"
+            if row["points"] is None:
+                output.append(f"{name}: {text}")
+            else:
+                tests.append({"name": name, "score": row["points"], "max_score": row["max"], "output": text})
+        output += [f"good to have, no points: {text}" for text in self.advice(rows)]
         return {"score": _total(rows)[0], "output": "\n".join(output), "tests": tests}
 
 
@@ -253,8 +243,7 @@ def _place_in_the_code(error: BaseException) -> str:
     """Where in the four files an error was raised, such as " (model.py, line 12: assert x.dim() == 3)"."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if (name := Path(frame.filename.strip("<>")).name) in CODE:
-            text = linecache.getline(frame.filename, frame.lineno).strip()
-            return f" ({name}, line {frame.lineno}{': ' if text else ''}{text})"
+            return f" ({name}, line {frame.lineno}: {frame.line})"
     return ""
 
 

@@ -38,7 +38,7 @@ def block(randomise):
 
 
 @pytest.fixture
-def embedding(randomise):
+def raw_lm(randomise):
     return randomise(DecoderLM(V, D, H, P, N_LAYER)).eval()
 
 
@@ -129,9 +129,9 @@ class TestSelfAttention:
         what = "attention with padding, at the real tokens"
         check_close(got[real], attention(*qkv, visible)[real], what, wrong)
 
-    def test_padding_gives_the_real_tokens_no_nan(self, randomise):
+    def test_padding_gives_the_real_tokens_no_nan(self, raw_lm):
         # NaN of a query that sees no key reaches the others in the next layer, since 0 · NaN = NaN.
-        model = use_right_embed(randomise(DecoderLM(V, D, H, P, N_LAYER))).eval()
+        model = use_right_embed(raw_lm)
         hint = "softmax of a row of -inf: fill with torch.finfo(q.dtype).min"
         assert not model(IDS, LEFT_PADDED)[0, 2:].isnan().any(), f"logits behind padding: got NaN; {hint}"
 
@@ -170,14 +170,11 @@ class TestSelfAttention:
         check_close(mha.projection(x), 3 * x + 0.25, "projection in eval mode", wrong)
         mha = MultiHeadAttention(D, H, p_dropout=0.5).train()
         make_constant(mha.proj, 1.0)
-        what, hint = (
-            "values of projection in training, p = 0.5, where proj gives 1",
-            "is dropout applied after proj?",
-        )
-        check_equal(distinct_values(mha.projection(x)), [0.0, 2.0], what, {DROPOUT_TWICE: [0.0, 4.0]}, hint)
-        what = "values of forward in training, p = 0.5, where proj gives 1"
-        wrong = {DROPOUT_TWICE: [0.0, 4.0], "forward calls proj, not projection: its dropout is lost": [1.0]}
-        check_equal(distinct_values(mha(x)), [0.0, 2.0], what, wrong)
+        what, wrong = "in training, p = 0.5, where proj gives 1", {DROPOUT_TWICE: [0.0, 4.0]}
+        hint = "is dropout applied after proj?"
+        check_equal(distinct_values(mha.projection(x)), [0.0, 2.0], f"values of projection {what}", wrong, hint)
+        wrong["forward calls proj, not projection: its dropout is lost"] = [1.0]
+        check_equal(distinct_values(mha(x)), [0.0, 2.0], f"values of forward {what}", wrong)
 
     def test_forward_joins_the_parts(self, mha):
         x = torch.randn(B, S, D)
@@ -228,22 +225,14 @@ class TestFeedForward:
             ff.linear_out.weight.copy_(copies.T * torch.tensor(factors).repeat_interleave(n_embd))
             ff.linear_out.bias.fill_(7.0)
 
-        def output(activation):
+        def output(activation=float, before=float, after=float):
             pairs = list(zip(factors, offsets, strict=True))
-            return [[[7 + sum(f * activation(u + o) for f, o in pairs) for u in x]]]
+            return [[[after(7 + sum(f * activation(before(u) + o) for f, o in pairs)) for u in x]]]
 
-        right = output(mistakes.gelu)
         wrong = {name: output(activation) for name, activation in mistakes.ACTIVATIONS.items()}
-        pairs = list(zip(factors, offsets, strict=True))
-        wrong |= {
-            "GELU before linear_in, it belongs after it": (
-                [[[7 + sum(f * (mistakes.gelu(u) + o) for f, o in pairs) for u in x]]]
-            ),
-            "GELU after linear_out, it belongs before it": (
-                [[[mistakes.gelu(7 + sum(f * (u + o) for f, o in pairs)) for u in x]]]
-            ),
-        }
-        check_close(ff(torch.tensor([[x]])), right, "FeedForward", wrong)
+        wrong["GELU before linear_in: it belongs after it"] = output(before=mistakes.gelu)
+        wrong["GELU after linear_out: it belongs before it"] = output(after=mistakes.gelu)
+        check_close(ff(torch.tensor([[x]])), output(mistakes.gelu), "FeedForward", wrong)
 
     def test_dropout_on_the_result_in_training_only(self):
         ff = FeedForward(D, p_dropout=0.5)
@@ -264,7 +253,7 @@ class TestDecoderBlock:
         check_shape(got, (B, S, D), "DecoderBlock")
         right = nearest(got[real], [value[real] for value in rights])
         wrong = {name: value[real] for name, value in wrong.items()}
-        hint = "x + mha(ln_1(x)), then x + ff(ln_2(x)); or with each LayerNorm after the addition"
+        hint = "attention, then feed-forward, each with its LayerNorm and a residual connection"
         check_close(got[real], right, "DecoderBlock", wrong, hint, atol=1e-4)
 
     def test_no_dropout_of_its_own(self, block):
@@ -283,10 +272,10 @@ class TestDecoderBlock:
 class TestEmbed:
     ids = torch.tensor([[4, 4, 7, 0, 10], [9, 1, 3, 3, 2]])
 
-    def test_token_plus_position(self, embedding):
-        right = embedding.token_embeddings.weight[self.ids] + embedding.position_embeddings.weight[:S]
+    def test_token_plus_position(self, raw_lm):
+        right = raw_lm.token_embeddings.weight[self.ids] + raw_lm.position_embeddings.weight[:S]
         hint = "is dropout off in eval mode?"
-        check_close(embedding.embed(self.ids), right, "embed", mistakes.embedding(embedding, self.ids), hint)
+        check_close(raw_lm.embed(self.ids), right, "embed", mistakes.embedding(raw_lm, self.ids), hint)
 
     @pytest.mark.parametrize(
         "mask, positions",
@@ -296,17 +285,15 @@ class TestEmbed:
         ],
         ids=["left padding", "a hole"],
     )
-    def test_positions_count_real_tokens_only(self, embedding, mask, positions):
+    def test_positions_count_real_tokens_only(self, raw_lm, mask, positions):
         hint = "is the position of padding on the left -1? any valid one will do"
         with explained("embed with padding: expected an embedding", hint, IndexError):
-            got = embedding.embed(self.ids, mask)
+            got = raw_lm.embed(self.ids, mask)
         check_shape(got, (B, S, D), "embed with padding")
         real = mask.bool()
-        right = (
-            embedding.token_embeddings.weight[self.ids]
-            + embedding.position_embeddings.weight[torch.tensor(positions)]
-        )
-        wrong = {name: w[real] for name, w in mistakes.embedding_with_padding(embedding, self.ids, mask).items()}
+        right = raw_lm.position_embeddings.weight[torch.tensor(positions)]
+        right = raw_lm.token_embeddings.weight[self.ids] + right
+        wrong = {name: w[real] for name, w in mistakes.embedding_with_padding(raw_lm, self.ids, mask).items()}
         check_close(got[real], right[real], "embed of the real tokens, with padding", wrong)
 
     def test_dropout_in_training_only(self, randomise):
@@ -320,10 +307,10 @@ class TestEmbed:
         hint = "dropout falls on the sum of token and position embeddings"
         check_close(trained, torch.where(dropped, 0.0, 2 * evaluated), what, hint=hint)
 
-    def test_no_more_positions_than_there_are(self, embedding):
-        embedding.embed(torch.zeros(1, P, dtype=torch.long))  # exactly n_positions tokens are fine
+    def test_no_more_positions_than_there_are(self, raw_lm):
+        raw_lm.embed(torch.zeros(1, P, dtype=torch.long))  # exactly n_positions tokens are fine
         try:
-            embedding.embed(torch.zeros(1, P + 1, dtype=torch.long))
+            raw_lm.embed(torch.zeros(1, P + 1, dtype=torch.long))
         except Exception:  # which error is the solution's choice
             return
         raise AssertionError(f"{P + 1} tokens with n_positions = {P}: expected an error, got an embedding")
@@ -333,10 +320,9 @@ class TestEmbed:
 
 
 def parameter_names():
-    linear = ["ln", *(f"blocks.{i}.{name}" for i in range(N_LAYER) for name in ("ln_1", "ln_2"))]
-    linear += [f"blocks.{i}.ff.{name}" for i in range(N_LAYER) for name in ("linear_in", "linear_out")]
-    linear += [f"blocks.{i}.mha.{name}" for i in range(N_LAYER) for name in ("q_attn", "k_attn", "v_attn", "proj")]
-    names = {f"{name}.{p}" for name in linear for p in ("weight", "bias")}
+    block = "ln_1 ln_2 mha.q_attn mha.k_attn mha.v_attn mha.proj ff.linear_in ff.linear_out".split()  # noqa: SIM905
+    modules = ["ln", *(f"blocks.{i}.{name}" for i in range(N_LAYER) for name in block)]
+    names = {f"{name}.{p}" for name in modules for p in ("weight", "bias")}
     return names | {"token_embeddings.weight", "position_embeddings.weight"}
 
 
@@ -368,16 +354,10 @@ class TestDecoderLM:
     def test_parameters(self, lm):
         names, right = {name for name, _ in lm.named_parameters()}, parameter_names()
         missing, extra = sorted(right - names), sorted(names - right)
-        assert not missing, (
-            f"parameters: expected {missing[0]} and {len(missing) - 1} more, got none of these: is blocks a ModuleList "
-            "of n_layer blocks, each with its own weights, and every name that of the docstring?"
-        )
-        assert not extra, (
-            f"parameters: expected nothing more, got {', '.join(extra)}: the output matrix is token_embeddings itself"
-        )
-        # V D + P D embeddings; a block has 12 D² + 13 D; the final LayerNorm 2 D
-        n_right = V * D + P * D + N_LAYER * (12 * D * D + 13 * D) + 2 * D
-        check_equal(sum(p.numel() for p in lm.parameters()), n_right, "number of parameters")
+        hint = "is blocks a ModuleList of n_layer blocks, each with its own weights?"
+        check_equal(missing[:5], [], f"{len(missing)} missing parameters", hint=hint)
+        hint = "the output matrix is token_embeddings.weight itself, without a bias"
+        check_equal(extra[:5], [], f"{len(extra)} parameters too many", hint=hint)
 
     def test_initialisation(self):
         check_initialisation(smaller_residual_projections=False)
@@ -464,12 +444,5 @@ class TestMoreOfDecoderLM:
         check_equal(lm.flops_per_token, 76608, "flops_per_token")
 
     @pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
-    def test_masks_of_other_types_mean_the_same(self, embedding, dtype):
-        check_close(embedding(IDS, WITH_A_HOLE.to(dtype)), embedding(IDS, WITH_A_HOLE), f"logits, mask of {dtype}")
-
-    def test_a_fully_masked_row_has_finite_gradients(self, embedding):
-        mask = torch.zeros(B, S)
-        mask[1] = 1.0
-        embedding(IDS, mask).sum().backward()
-        bad = [name for name, p in embedding.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-        check_equal(bad, [], "gradients that are not finite with a row of padding only")
+    def test_masks_of_other_types_mean_the_same(self, raw_lm, dtype):
+        check_close(raw_lm(IDS, WITH_A_HOLE.to(dtype)), raw_lm(IDS, WITH_A_HOLE), f"logits, mask of {dtype}")
