@@ -243,7 +243,7 @@ def _place_in_the_code(error: BaseException) -> str:
     """Where in the four files an error was raised, such as " (model.py, line 12: assert x.dim() == 3)"."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if (name := Path(frame.filename.strip("<>")).name) in CODE:
-            return f" ({name}, line {frame.lineno}: {frame.line})"
+            return f" ({name}, line {frame.lineno}{': ' * bool(frame.line)}{frame.line})"
     return ""
 
 

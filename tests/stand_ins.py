@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from mistakes.model import attention, split_heads
+from mistakes.model import attention, logits, split_heads
 from torch import nn
 
 from model import DecoderLM, MultiHeadAttention
@@ -108,11 +108,13 @@ class Bigrams(nn.Module):
 
 @torch.no_grad()
 def _is_right(lm: DecoderLM) -> bool:
-    """Whether the logits depend neither on left padding nor on later tokens."""
+    """Whether the logits depend neither on left padding nor on later tokens, and are those of its parts."""
     ids, mask = torch.tensor([[0, 0, 7, 5, 6], [9, 1, 3, 3, 2]]), torch.ones(2, 5)
     mask[0, :2] = 0.0
     padded = lm(ids, mask)
     pairs = [(padded[:1, 2:], lm(ids[:1, 2:])), (padded[1:], lm(ids[1:])), (padded[1:, :3], lm(ids[1:, :3]))]
+    x = torch.randn(2, 5, lm.token_embeddings.weight.shape[1])
+    pairs += [(lm(ids), logits(lm, ids)[0]), (lm.token_logits(x), F.linear(x, lm.token_embeddings.weight))]
     return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-3) for a, b in pairs)
 
 

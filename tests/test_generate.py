@@ -219,7 +219,7 @@ class TestGenerate:
         # The likeliest text of all, at T = 0.5, has a probability of 0.17: 34 of 200, sigma 5.3.
         common = Counter(texts).most_common(1)[0][1]
         assert common < 64, (
-            f"200 sampled rows: expected different texts, got one {common} times: greedy, or one draw for all rows?"
+            f"200 sampled rows: expected many texts, got one {common} times: greedy, or one draw for all rows?"
         )
         counts = Counter("".join(texts))
         hint = "other tokens have a logit of -100: is temperature applied after softmax?"

@@ -247,18 +247,17 @@ def embedding_with_padding(lm, ids, mask):
     return wrong
 
 
-def initial_std(writes_residual, n_layer, fan_in):
+def initial_std(smaller, n_layer, fan_in):
     wrong = {
         "torch's default initialisation": 1 / math.sqrt(3 * fan_in),
         "N(0, 1), torch's default of embeddings": 1.0,
     }
-    if writes_residual:
+    if smaller:
         return wrong | {
             "n_layer in place of 2·n_layer": 0.02 / math.sqrt(n_layer),
             "no 1/sqrt(2·n_layer) for mha.proj and ff.linear_out: do their names match?": 0.02,
         }
-    residual_std = 0.02 / math.sqrt(2 * n_layer)
-    return wrong | {"the smaller start belongs to mha.proj and ff.linear_out only": residual_std}
+    return wrong | {"the smaller start belongs to mha.proj and ff.linear_out only": 0.02 / math.sqrt(2 * n_layer)}
 
 
 @torch.no_grad()
