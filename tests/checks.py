@@ -90,6 +90,18 @@ def check_shape(actual, expected: tuple, what: str, mistakes: dict | None = None
     check_equal(tuple(actual.shape), expected, f"shape of {what}", mistakes, hint)
 
 
+def check_rows(model, call, batch_size, n_rows):
+    """Assert that the model embeds at most batch_size rows at once while `call` runs."""
+    __tracebackhide__ = True
+    seen = []
+    model.token_embeddings.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    call()
+    wrong = {"batch_size is ignored: all rows go through the model at once": n_rows}
+    most = max(seen, default=0)
+    check_equal(max(most, batch_size), batch_size, f"rows at once with batch_size = {batch_size}", wrong)
+    return seen
+
+
 def nearest(actual, candidates: list[torch.Tensor]) -> torch.Tensor:
     """The one of several right values that is closest to `actual`, to compare it with."""
     if not isinstance(actual, torch.Tensor) or actual.shape != candidates[0].shape:

@@ -85,15 +85,15 @@ def fixed_seeds_and_torch_state(request):
 
 # Whole words as tokens: a text has fewer tokens than characters.
 WORDS = "Once| upon| a| time| there| was| the| good| bad| not|To| be| or| review| To".split("|")  # noqa: SIM905
-# Tokens that no text is encoded to: one with spaces around it, and one that ends in the middle of "é".
-SPACED, HALF_CHARACTERS = b" the ", b"\xa9 \xc3"
+# Tokens that no text is encoded to: one with spaces around it, and one that begins and ends in the middle of "é".
+SPECIAL_CASES = [b" the ", b"\xa9 \xc3"]
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
     """A real tiktoken.Encoding: the 256 bytes, WORDS, two special cases and <|endoftext|>."""
     tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is missing: pip install -r requirements.txt")
-    tokens = [bytes([i]) for i in range(256)] + [word.encode() for word in WORDS] + [SPACED, HALF_CHARACTERS]
+    tokens = [bytes([i]) for i in range(256)] + [word.encode() for word in WORDS] + SPECIAL_CASES
     return tiktoken.Encoding(
         "words",
         pat_str=r" ?[^\s]+|\s",

@@ -97,7 +97,8 @@ class Tally:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
-        if report.failed and (crash := getattr(report.longrepr, "reprcrash", None)):
+        crash = getattr(report.longrepr, "reprcrash", None)
+        if report.failed and crash and not _is_not_written(crash.message):
             crash.message = _first_line(report) + _place_in_the_code(call.excinfo.value)
         return report
 
@@ -150,7 +151,8 @@ class Tally:
             elif "failed" in ran:
                 failed = [f"{n.split('::', 1)[1]}: {self.messages[n]}" for n in nodes if n in self.messages]
                 written = [message for message in failed if not _is_not_written(message)]  # can be fixed
-                row |= {"points": 0, "output": "\n".join(written) or NOT_WRITTEN}
+                stub = failed[0].partition("NotImplementedError: ")[2] or NOT_WRITTEN
+                row |= {"points": 0, "output": "\n".join(written) or stub}
             elif None in outcomes or group in self.deselected:
                 row["output"] = "partial: not all tests of this group were run"
             elif not ran:
@@ -165,7 +167,8 @@ class Tally:
         lost = {(row["question"], row["part"]) for row in rows if not row["points"]}
         failed = {}
         for node, part in self.advice_for.items():
-            if self.outcomes.get(node) == "failed" and part not in lost:
+            wrong = self.outcomes.get(node) == "failed" and not _is_not_written(self.messages[node])
+            if wrong and part not in lost:
                 failed.setdefault(part, []).append(f"{node.split('::', 1)[1]}: {self.messages[node]}")
         return [
             f"{question:<10}{part}: {messages[0]}" + (f" (and {len(messages) - 1} more)" if messages[1:] else "")
@@ -192,7 +195,7 @@ class Tally:
         shown = None
         for row in rows:
             points = f"{'–' if row['points'] is None else row['points']} / {row['max']}"
-            remark = row["output"] if row["points"] is None or row["output"] == NOT_WRITTEN else ""
+            remark = row["output"] if row["points"] is None or _is_not_written(row["output"]) else ""
             write(line(row["question"], row["part"], row["tests"], points, remark).rstrip())
             if row["points"] == 0 and not remark and row["output"] != shown:  # a broken file is reported once
                 shown = row["output"]
@@ -236,7 +239,7 @@ def _first_line(report) -> str:
 
 def _is_not_written(message: str) -> bool:
     """Whether a failure comes from a stub: NotImplementedError, or the ... of the course's starter code."""
-    return NOT_WRITTEN in message or "NotImplementedError" in message or "ellipsis" in message
+    return NOT_WRITTEN in message or "NotImplementedError" in message or "ellipsis" in message.lower()
 
 
 def _place_in_the_code(error: BaseException) -> str:

@@ -5,10 +5,9 @@ Tests marked `question` give points; those marked `advice` test what this packag
 
 import pytest
 import torch
-from checks import check_close, check_equal, check_shape
+from checks import check_close, check_equal, check_rows, check_shape
 from mistakes import classify as mistakes
 from mistakes.classify import last_logits
-from test_generate import check_rows
 
 import classify
 
