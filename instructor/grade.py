@@ -5,33 +5,27 @@
 HAND_INS has a .zip for each, as `python tests/submit.py` packs them. Writes grades/grades.csv, grades/grades.md
 and a file for each hand-in. Run again, it grades those that are new or changed, or all if the tests changed.
 
-This process neither reads nor runs a hand-in. examine.py unpacks and reads it; child.py runs the tests on it, in
-a fresh folder, and reports over a pipe with a code that the hand-in cannot compute. Each graded test must be
-reported once. Each test file also gets tests that must fail, with new names each time; if they pass, it gives no
-points.
+Each file of tests runs in a process of its own, by `pytest --junitxml`, in a fresh folder with the tests and the
+four files. A hand-in can still cheat there: use a container, and look at flagged code (docs/grading.md).
 """
 
-import argparse
-import csv
-import ctypes
 import hashlib
-import hmac
 import json
 import os
 import re
-import secrets
-import selectors
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
-import threading
-import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
+from contextlib import redirect_stdout, suppress
+from pathlib import Path, PurePosixPath
+from xml.etree import ElementTree
 
+import pytest
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -39,448 +33,298 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE)]
 
 import points  # noqa: E402
-from child import report_code  # noqa: E402
-from submit import CODE  # noqa: E402
+from submit import CODE, PACKAGES, review  # noqa: E402
+from table import plain, total, write_table  # noqa: E402
 
+from support.arguments import ArgumentParser, positive_int  # noqa: E402
 from support.errors import exit_on_user_error, first_line, require  # noqa: E402
 from support.files import write_atomically  # noqa: E402
 
 FILES = list(dict.fromkeys(file for _, file in points.GROUPS.values()))
-SECONDS, SECONDS_LOADING = 60, 90  # without a report: while a test runs, and while a file is loaded
-SECONDS_STARTING = 120  # before any code of the hand-in runs
-SECONDS_IN_ALL, SECONDS_PERPLEXITY = 900, 1800  # for all tests of a hand-in; for its perplexity
-MEMORY_BYTES, FILE_BYTES, PROCESSES, FIRST_USER = 4 << 30, 64 << 20, 256, 61_000
+COPIED = ("tests/*.py", "tests/mistakes/*.py", "support/*.py", "data/gpt2.tiktoken")
+SECONDS_FILE, SECONDS_GROUP, SECONDS_PERPLEXITY = 300, 60, 1800  # of wall-clock time
+MEMORY_KB, FILE_KB, FREE_MB = 4 << 20, 64 << 10, 300
+MOST_BYTES = dict.fromkeys(CODE, 1 << 20) | {"config.yaml": 1 << 20, "model.pt": 200 << 20}  # unpacked
 MOST_PERPLEXITY = 50  # question 2.6
-CONTROLS = """
-
-import checks as checks_, pytest as pytest_
-@pytest_.mark.question({group[0]!r}, {group[1]!r})
-@pytest_.mark.parametrize("call", ids="01234", argvalues=[
-    lambda: checks_.check_close([1.0, 2.0], [1.0, 3.0], "x"),
-    lambda: checks_.check_equal(1, 2, "x"),
-    lambda: checks_.check_shape(1.0, (2,), "x"),
-    lambda: pytest_.raises(ValueError, float, "1"),
-    lambda: int("one"),
-])
-def {name}(call):
-    call()
-"""
-TAMPERED = "tests that must fail did not: the hand-in changes what the tests do; look at its code"
-lock, started = threading.Lock(), set()  # of processes that this one started and waits for
+CONTAINERS = "/.dockerenv", "/run/.containerenv", "/run/systemd/container", "/var/run/secrets/kubernetes.io"
+# Without a network, tiktoken.get_encoding("gpt2") gives the bundled vocabulary.
+SITE = "from tiktoken import registry\nfrom support.tokenizer import get_tokenizer\n"
+SITE += "registry.ENCODINGS['gpt2'] = get_tokenizer()\n"
 
 
-def user_of(slot: int | None) -> dict:
-    """Arguments of Popen for the user of this slot; None: the same user as this process."""
-    return {} if slot is None else {"user": FIRST_USER + slot, "group": FIRST_USER + slot, "extra_groups": []}
-
-
-def environment(home: Path) -> dict:
-    """All that a hand-in sees of the environment."""
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    own = {"HOME": str(home), "TMPDIR": str(home), "USER": "student", "LANG": "C.UTF-8"}
-    off = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return {"PATH": os.defpath, **one_thread, **own, **off}
-
-
-def stop(process: subprocess.Popen) -> None:
-    """Kill a child with its process group, and every process that left it and was orphaned (Linux)."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    with lock:
-        started.discard(process.pid)
-        for _ in range(100):
-            orphans = []
-            for path in Path("/proc").glob("[0-9]*/stat"):
-                with suppress(OSError):
-                    parent = int(path.read_text(errors="replace").rpartition(") ")[2].split()[1])
-                    if parent == os.getpid() and int(path.parent.name) not in started:
-                        orphans.append(int(path.parent.name))
-            for pid in orphans:
-                with suppress(ProcessLookupError, ChildProcessError):
-                    os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
-            if not orphans:
-                return
-
-
-def run_child(folder: Path, job: dict, deadline: float, slot: int | None) -> tuple[list[list[str]], str]:
-    """Run child.py on a folder. Returns its genuine reports in their order, and a sentence on how it ended."""
-    key, (read, write) = secrets.token_bytes(32), os.pipe()
-    limits = {"memory": MEMORY_BYTES, "file_bytes": FILE_BYTES, "processes": None if slot is None else PROCESSES}
-    job = {"fd": write, "key": key.hex(), "loading": SECONDS_LOADING, "seconds": SECONDS, **limits, **job}
-    with lock:
+def run_python(folder: Path, arguments: list[str], seconds: float) -> tuple[int | None, str]:
+    """Run Python in the folder, within limits: its exit status (None: it did not end) and its last output."""
+    (folder / "home").mkdir(exist_ok=True)
+    limits = f'ulimit -c 0 -d {MEMORY_KB} -f {FILE_KB} && exec "$0" "$@"'
+    own = dict.fromkeys(("HOME", "TMPDIR"), str(folder / "home")) | {"PYTHONPATH": str(folder)}
+    own |= {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8"}
+    own |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    with open(folder / "output.txt", "wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-IB", "child.py"],
+            ["bash", "-c", limits, sys.executable, "-B", "-X", "faulthandler", *arguments],
             cwd=folder,
-            env=environment(folder / "home"),
-            pass_fds=[write],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            env=own | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
-            **user_of(slot),
         )
-        started.add(process.pid)
-    os.close(write)
-    reports, buffer, errors, why, seconds = [], b"", b"", "", SECONDS_STARTING
-    base, heard = hashlib.blake2b(key=key), time.monotonic()
-    try:
-        with selectors.DefaultSelector() as selector, suppress(BrokenPipeError):
-            selector.register(read, selectors.EVENT_READ)
-            selector.register(process.stderr, selectors.EVENT_READ)
-            process.stdin.write(json.dumps(job).encode() + b"\n")
-            process.stdin.close()
-            while selector.get_map() and not why:
-                events = selector.select(timeout=0.2)
-                for event, _ in events:
-                    chunk = os.read(event.fd, 1 << 16)
-                    if not chunk:
-                        selector.unregister(event.fileobj)
-                    elif event.fd != read:
-                        errors = (errors + chunk)[-8192:]
-                    else:
-                        *lines, buffer = (buffer + chunk)[-(1 << 17) :].split(b"\n")
-                        for line in lines:
-                            code, _, body = line.partition(b"\t")
-                            number, *fields = body.decode(errors="replace").split("\t")
-                            genuine = hmac.compare_digest(code, report_code(base, body))
-                            if genuine and number == str(len(reports)):  # not one that was copied
-                                reports.append(fields)
-                                heard = time.monotonic()
-                if not events and process.poll() is not None:
-                    break
-                if reports:  # else it still starts
-                    seconds = job["seconds" if reports[-1][0] == "start" else "loading"]
-                if time.monotonic() > min(deadline, heard + seconds + 1):
-                    why = f"no answer in {seconds:g} s: is there an endless loop?"
-                    if time.monotonic() > deadline:
-                        why = "the time for one hand-in is over"
-    finally:
-        if not why:  # it ended by itself, or is about to
+        status = None
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # faulthandler then prints the line where it hangs
             with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=2)
-        stop(process)
-        os.close(read)
-        process.stderr.close()
-    if not why:
-        status = abs(process.returncode)
-        name = signal.strsignal(status % 128) if status > 128 or process.returncode < 0 else None
-        why = f"the process ended: {name or f'exit status {status}'}"
-    files = "|".join(re.escape(name) for name in CODE)
-    place = re.findall(rf'File "[^"]*?({files})", line (\d+)', errors.decode(errors="replace"))
-    return reports, (f"{place[0][0]}, line {place[0][1]}: " if place else "") + why
+                process.wait(5)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return status, (folder / "output.txt").read_text(errors="replace")[-20_000:]
 
 
-def prepare(folder: Path, slot: int | None, source: Path) -> dict[str, list[str]]:
-    """Put tests, support code and the files of `source` into a new folder; return the tests that must fail."""
-    for pattern in ("tests/*.py", "tests/mistakes/*.py", "support/*.py"):
-        for path in ROOT.glob(pattern):
-            (folder / path.relative_to(ROOT).parent).mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / path.relative_to(ROOT))
-    shutil.copyfile(HERE / "child.py", folder / "child.py")
+def why_it_ended(status: int | None, output: str) -> str:
+    """A sentence on how Python ended, with the line of the hand-in if it was printed."""
+    places = re.findall(rf'File "[^"]*?({"|".join(map(re.escape, CODE))})", line (\d+)', output)
+    why = "no end in the time allowed: is there an endless loop?"
+    if status == 1 and "Traceback" in output:
+        places = places[::-1]  # a traceback ends with the innermost line, faulthandler's begins with it
+        why = output.strip().rpartition("\n")[2]
+    elif status is not None:
+        why = f"the process ended with {signal.strsignal(-status) if status < 0 else f'exit status {status}'}"
+    return (f"{places[0][0]}, line {places[0][1]}: " if places else "") + why
+
+
+def fresh_folder(top: Path, handed_in: Path) -> Path:
+    """A new folder with the tests, the engine and the handed-in files."""
+    folder = Path(tempfile.mkdtemp(dir=top))
+    for path in [path for pattern in COPIED for path in ROOT.glob(pattern)]:
+        (folder / path.relative_to(ROOT).parent).mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / path.relative_to(ROOT))
+    shutil.copytree(handed_in, folder, dirs_exist_ok=True)
     (folder / "pytest.ini").write_text("[pytest]\n")
-    controls = {}
-    for file in FILES:
-        name, group = f"test_{secrets.token_hex(8)}", next(g for g, of in points.GROUPS.items() if of[1] == file)
-        controls[file] = [f"tests/{file}::{name}[{i}]" for i in range(5)]
-        with (folder / "tests" / file).open("a") as test_file:
-            test_file.write(CONTROLS.format(group=group, name=name))
-    for name in CODE:
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
-    (folder / "home").mkdir()
-    if slot is not None:  # readable for this user alone; only home is writable
-        for path in [folder, *folder.rglob("*")]:
-            os.chown(path, 0, FIRST_USER + slot)
-            path.chmod(0o770 if path.name == "home" else 0o750)
-    return controls
+    (folder / "sitecustomize.py").write_text(SITE)
+    return folder
 
 
-def expected_tests() -> dict[str, tuple[str, str]]:
-    """{node id: group} of all graded tests, collected without any hand-in."""
+def expected_tests() -> dict[str, list[str]]:
+    """{"question part": node ids of the tests that give its points}, collected from the package's own files."""
     if (stored := HERE / "expected.json").exists():  # in the autograder, which has no solution
-        return {node: tuple(group) for node, group in json.loads(stored.read_text()).items()}
-    with tempfile.TemporaryDirectory(prefix="grade-") as folder:
-        controls = prepare(Path(folder), None, ROOT)
-        job = {"files": FILES, "tests": None}
-        reports, why = run_child(Path(folder), job, time.monotonic() + 300, None)
-    own = {node for nodes in controls.values() for node in nodes}
-    found = {f[1]: (f[2], f[3]) for f in reports if f[0] == "test"}
-    missing = {part for _, part in points.GROUPS} - {part for _, part in found.values()}
-    require(own <= set(found) and not missing, f"the package's own tests cannot be collected: {why}")
-    return {node: group for node, group in found.items() if node not in own}
+        return json.loads(stored.read_text())
+    found = {" ".join(group): [] for group in points.GROUPS}
+
+    class Collector:
+        def pytest_collection_finish(self, session):
+            for item in session.items:
+                if marker := item.get_closest_marker("question"):
+                    found[" ".join(marker.args)].append(item.nodeid)
+
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        files = [str(ROOT / "tests" / file) for file in FILES]
+        pytest.main(["--collect-only", "-q", f"--rootdir={ROOT}", *files], plugins=[Collector()])
+    missing = [group for group, nodes in found.items() if not nodes]
+    require(not missing, f"no tests of {', '.join(missing)} can be collected; run pytest tests/ to see why")
+    return found
 
 
-def run_tests(folder: Path, controls: dict, expected: dict, refused: set, slot: int | None) -> points.Tally:
-    """The outcome of every expected test, with a reason for each failure.
-
-    After an early end the tests continue in a new process without the group, or the file, that ended it. The
-    outcomes of a file count only if its controls failed in the same process.
-    """
-    tally = points.Tally(None)
-    tally.group_of = dict(expected)
-    file_of = {node: node.split("::")[0].rpartition("/")[2] for node in expected}
-    lost_groups, todo = set(), [file for file in FILES if file not in refused]
-    seconds, deadline = SECONDS, time.monotonic() + SECONDS_IN_ALL
-    while todo:
-        wanted = {file: [] for file in todo}
-        for node, group in expected.items():
-            if file_of[node] in todo and group not in lost_groups:
-                wanted[file_of[node]].append(node)
-        tests = [node for file in todo for node in wanted[file] + controls[file]]
-        job = {"files": todo, "tests": tests, "seconds": seconds}
-        reports, why = run_child(folder, job, deadline, slot)
-        outcomes, loading, running, stray = {}, None, None, False
-        for kind, *fields in reports:
-            if kind == "load":
-                loading = fields[0]
-            elif kind == "broken":
-                tally.broken[fields[0]] = fields[1]
-            elif kind == "start":
-                loading, running = None, fields[0]
-            elif kind == "outcome":
-                outcomes.setdefault(fields[0], []).append(fields[1:])
-                stray |= fields[0] not in tests
-                running = None
-        todo = [file for file in todo if file not in tally.broken]
-        for file in list(todo):
-            nodes = wanted[file] + controls[file]
-            if all(node in outcomes for node in nodes):
-                todo.remove(file)
-                once = all(len(outcomes[node]) == 1 for node in nodes) and not stray
-                if not once or any(outcomes[node][0][0] != "failed" for node in controls[file]):
-                    tally.broken[file] = TAMPERED
-                for node in wanted[file]:
-                    tally.outcomes[node], tally.messages[node] = outcomes[node][0]
-                    if tally.outcomes[node] == "passed":
-                        del tally.messages[node]
-        if todo and running in expected and expected[running] not in lost_groups:
-            lost_groups.add(expected[running])
-            tally.outcomes[running], tally.messages[running] = "failed", why
-        elif todo:  # while a file loaded, or between tests; what test_model.py loads, the others load too
-            ended = todo if loading == FILES[0] else [loading or todo[0]]
-            tally.broken |= dict.fromkeys(ended, why)
-            todo = [file for file in todo if file not in ended]
-        if "no answer" in why:
-            seconds = SECONDS / 4  # for the tests after one that did not end
-    return tally
-
-
-def examine(*arguments, seconds: float) -> dict:
-    """What examine.py says; it has the package in reach, and runs no code of the hand-in."""
-    command = [sys.executable, "-B", str(HERE / "examine.py"), *map(str, arguments)]
+def unpack(path: Path, folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Unpack what is graded, and nothing else: {file: why it is not there}, and notes."""
     try:
-        with lock:
-            pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-            process = subprocess.Popen(command, text=True, errors="replace", **pipes)
-            started.add(process.pid)
-        out, errors = process.communicate(timeout=seconds)
-        return json.loads(out.strip().rpartition("\n")[2])
-    except subprocess.TimeoutExpired:
-        return {"error": f"no result in {seconds} s"}
-    except ValueError:
-        return {"error": f"cannot be read ({(errors.strip().splitlines() or ['no message'])[-1][:200]})"}
-    finally:
-        process.kill()
-        process.communicate()
-        with lock:
-            started.discard(process.pid)
+        require(path.is_file(), "it is a folder or a broken link")
+        archive = zipfile.ZipFile(path)
+    except Exception as error:  # zipfile raises many types for what is no zip file
+        return dict.fromkeys(MOST_BYTES, f"{path.name} is not a zip file ({first_line(error)})"), []
+    with archive:
+        files = {PurePosixPath(entry.filename.replace("\\", "/")): entry for entry in archive.infolist()}
+        files = {p: e for p, e in files.items() if p.name and p.parts[0] != "__MACOSX" and not e.is_dir()}
+        places = [p.parent for p in files if p.name in CODE]
+        # The folder that has most of the four files, the upper one of equals; a single file is found anywhere.
+        best = min(places, key=lambda place: (-places.count(place), len(place.parts)), default=PurePosixPath())
+        problems, taken = {}, {}
+        for name, most in MOST_BYTES.items():
+            where = [p for p in files if p.name == name]
+            if (best / name not in files and len(where) != 1) or not where:
+                problems[name] = f"{name} is in {len(where)} folders" if where else f"{name} is missing"
+                continue
+            entry = taken[name] = files[best / name if best / name in files else where[0]]
+            try:
+                require(not stat.S_ISLNK(entry.external_attr >> 16), "it is a link")
+                with archive.open(entry) as file:
+                    content = file.read(most + 1)  # whatever size the zip claims
+                require(len(content) <= most, f"it has more than {most >> 20} MiB")
+            except Exception as error:  # also zlib's and lzma's, for a damaged or encrypted entry
+                problems[name] = f"{name} cannot be unpacked: {first_line(error)}"
+                continue
+            (folder / name).write_bytes(content)
+    notes = [] if any(p.suffix.lower() == ".pdf" for p in files) else ["no PDF of written answers in the zip"]
+    ignored = [f"{p}" for p, e in files.items() if e not in taken.values() and p.suffix.lower() != ".pdf"]
+    notes += [f"ignored in the zip: {', '.join(ignored[:8])}" + " …" * (len(ignored) > 8)] if ignored else []
+    return problems, notes
 
 
-def grade(path: Path, expected: dict, test_tokens: Path | None, slot: int | None) -> dict:
-    """Grade one zip file: {"rows": one for each group of points, "perplexity", "notes"}."""
-    with tempfile.TemporaryDirectory(prefix="grade-", ignore_cleanup_errors=True) as top:
-        handed_in, folder = Path(top, "handed_in"), Path(top, "graded")
-        handed_in.mkdir(mode=0o700)
-        folder.mkdir()
-        if slot is not None:
-            os.chmod(top, 0o711)
-        found = examine("unpack", path, handed_in, seconds=SECONDS_STARTING)
-        problems, notes = found.get("problems", {}), found.get("notes", [])
-        missing = [problems[name][0] for name in ("model.pt", "config.yaml") if name in problems]
-        perplexity = {"error": found["error"]} if "error" in found else {"error": missing[0]} if missing else {}
-        if test_tokens and not perplexity:
-            perplexity = examine("perplexity", handed_in, test_tokens.resolve(), seconds=SECONDS_PERPLEXITY)
-        refused = {}  # test file -> why the file that it tests does not run
-        for name, (sentence, runs) in problems.items():
-            if name in CODE and not runs:
-                (handed_in / name).unlink(missing_ok=True)
-                for file in FILES if name == "model.py" else [f"test_{name}"]:
-                    refused.setdefault(file, sentence)
-        if "error" in found:
-            refused = dict.fromkeys(FILES, found["error"])
-        controls = prepare(folder, slot, handed_in)
-        shutil.rmtree(handed_in)  # the tests need no weights
-        tally = run_tests(folder, controls, expected, set(refused), slot)
-    for file, reason in tally.broken.items():
-        if needed := re.search(r"No module named '(\w+)'", reason):  # the reason is that of the other file
-            tally.broken[file] = problems.get(f"{needed[1]}.py", [reason])[0]
-    tally.broken |= refused
-    rows = [row for row in tally.rows() if (row["question"], row["part"]) in expected.values()]
-    for row in rows:
-        file = points.GROUPS[row["question"], row["part"]][1]
-        sentence, runs = problems.get(file.removeprefix("test_"), ("", False))
-        if runs:
-            row |= {"points": 0, "output": sentence}
-        elif file in tally.broken:
-            row |= {"points": 0, "output": tally.broken[file]}
-        elif row["points"] is None:
-            row |= {"points": 0, "output": "no test of this group ran"}
-    if test_tokens:
-        rows.append(perplexity_row(perplexity))
-    return {"rows": rows, "perplexity": perplexity.get("perplexity"), "notes": notes}
+def in_report(node: str) -> tuple[str, str]:
+    """(class, test) as pytest's report has them, of a node id."""
+    path, bracket, parameters = node.partition("[")
+    file, *classes, name = path.split("::")
+    return ".".join([file.removesuffix(".py").replace("/", "."), *classes]), name + bracket + parameters
+
+
+def run_tests(folder: Path, tests: list[str], seconds: float) -> tuple[dict[tuple[str, str], str], str]:
+    """{(class, test): "" if it passed, else the first line of its message}, and how pytest ended."""
+    options = ["-q", "-s", "--junitxml=report.xml", "-c", "pytest.ini", "--rootdir=."]
+    options += ["-p", "no:cacheprovider", "-p", "no:faulthandler"]
+    status, output = run_python(folder, ["-m", "pytest", *options, *tests], seconds)
+    found = {}
+    with suppress(OSError, ElementTree.ParseError):
+        for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
+            test = case.get("classname"), case.get("name")
+            bad = [part for part in case if part.tag in ("failure", "error", "skipped")]
+            message = (bad[0].get("message") or bad[0].tag).splitlines()[0] if bad else ""
+            found[test] = "reported twice" if test in found else message
+    return found, why_it_ended(status, output)
+
+
+def test_file(top: Path, handed_in: Path, file: str, expected: dict) -> tuple[dict[tuple[str, str], str], str]:
+    """The outcomes of a file of tests, and why there are none, if there are none."""
+    outcomes, _ = run_tests(fresh_folder(top, handed_in), [f"tests/{file}"], SECONDS_FILE)
+    groups = [expected[" ".join(group)] for group, (_, its_file) in points.GROUPS.items() if its_file == file]
+    without = [nodes for nodes in groups if any(in_report(node) not in outcomes for node in nodes)]
+    if without == groups:
+        module = file.removeprefix("test_").removesuffix(".py")
+        code = f"import {module}; print('it can be imported')"
+        status, output = run_python(fresh_folder(top, handed_in), ["-c", code], SECONDS_GROUP)
+        if not output.endswith("it can be imported\n"):
+            why = why_it_ended(status, output)
+            lacks = re.search(r"No module named '(\w+)'", why)
+            require(not lacks or lacks[1] not in PACKAGES, f"{why}; pip install {lacks and lacks[1]}, then retry")
+            return {}, f"import {module}: {why}"
+    for nodes in without:  # a test ended the process: these groups again, each by itself
+        found, why = run_tests(fresh_folder(top, handed_in), nodes, SECONDS_GROUP)
+        outcomes |= {in_report(node): found.get(in_report(node), why) for node in nodes}
+    return outcomes, ""
+
+
+def grade(path: Path, expected: dict[str, list[str]], test_tokens: Path | None) -> dict:
+    """Grade one zip file: {"rows": one for each group of points, "perplexity", "notes", "advice"}."""
+    with tempfile.TemporaryDirectory(prefix="grade-", ignore_cleanup_errors=True) as name:
+        top, handed_in = Path(name), Path(name, "handed_in")
+        handed_in.mkdir()
+        require_space(top)
+        problems, notes = unpack(path, handed_in)
+        outcomes, perplexity, reviews = {}, {}, {}
+        for name in [name for name in CODE if name not in problems]:
+            found = reviews[name] = review(name, (handed_in / name).read_bytes())
+            notes += [f"look at {sentence}" for sentence in found["flags"]]
+            if found["refused"]:
+                problems[name] = "; ".join(found["refused"])
+                (handed_in / name).unlink()
+        needed = ("model.py", "model.pt", "config.yaml")
+        lacks = "; ".join(dict.fromkeys(problems[name] for name in needed if name in problems))
+        if lacks:
+            perplexity = {"error": lacks}
+        elif test_tokens:
+            perplexity = measure(fresh_folder(top, handed_in), test_tokens)
+        for name in ("model.pt", "config.yaml"):  # not needed by the tests
+            (handed_in / name).unlink(missing_ok=True)
+        for file in FILES:
+            name = file.removeprefix("test_")
+            if "model.py" in problems:  # all need it
+                problems[name] = problems["model.py"]
+            elif name not in problems:
+                found, why = test_file(top, handed_in, file, expected)
+                outcomes |= found
+                if why:
+                    at_import = [flag for flag in reviews[name]["flags"] if "when it is imported" in flag]
+                    problems[name] = "; ".join([why, *at_import])
+        require_space(top)
+    rows = []
+    for group, (most, file) in points.GROUPS.items():
+        name, nodes = file.removeprefix("test_"), expected[" ".join(group)]
+        results = {node.partition("::")[2]: outcomes.get(in_report(node), "did not run") for node in nodes}
+        failed = [f"{test}: {message}" for test, message in results.items() if message]
+        why = problems.get(name) or "; ".join(reviews[name]["ready-made"]) or "\n".join(failed)
+        row = {"question": group[0], "part": group[1], "max": most, "points": 0 if why else most, "output": why}
+        rows.append(row)
+    rows += [perplexity_row(perplexity)] if test_tokens else []
+    counted = {in_report(node) for nodes in expected.values() for node in nodes}
+    advice = [f"{test[1]}: {why}" for test, why in outcomes.items() if why and test not in counted]
+    return {"rows": rows, "perplexity": perplexity.get("perplexity"), "notes": notes, "advice": advice}
+
+
+def require_space(folder: Path) -> None:
+    """Raise UserError if the temporary disk is nearly full, whichever hand-in has filled it."""
+    free = shutil.disk_usage(folder).free >> 20
+    require(free > FREE_MB, f"only {free} MiB free in {folder.parent}; free some disk space, then retry")
+
+
+def measure(folder: Path, test_tokens: Path) -> dict:
+    """{"perplexity": …} of model.pt, by the hand-in's own model.py, or {"error": …}."""
+    shutil.copyfile(HERE / "perplexity.py", folder / "perplexity.py")
+    command = ["perplexity.py", str(test_tokens.resolve()), str(ROOT / "model.pt")]
+    status, output = run_python(folder, command, SECONDS_PERPLEXITY)
+    with suppress(OSError, ValueError):
+        return json.loads((folder / "perplexity.json").read_text())
+    return {"error": why_it_ended(status, output)}
 
 
 def perplexity_row(found: dict) -> dict:
-    """The points of question 2.6 for what examine.py found: a "perplexity" or an "error"."""
-    row = {"question": "2.6", "part": "perplexity", "max": points.PERPLEXITY_POINTS, "points": 0}
-    if "error" in found:
-        return {**row, "output": found["error"]}
-    reached = found["perplexity"] < MOST_PERPLEXITY
-    output = f"perplexity {found['perplexity']:.2f}, full points under {MOST_PERPLEXITY}"
-    return {**row, "points": row["max"] * reached, "output": output}
-
-
-def total(result: dict) -> tuple[int, int]:
-    """Points, and the most that there are."""
-    return sum(row["points"] for row in result["rows"]), sum(row["max"] for row in result["rows"])
-
-
-def reasons_of(result: dict) -> list[str]:
-    """The first message of each lost group, with the groups in front; what they share is printed once."""
-    groups, lost = {}, {}  # of each question; of each message
-    for row in result["rows"]:
-        groups.setdefault(row["question"], []).append(row["part"])
-        if row["points"] == 0:
-            lost.setdefault(row["output"].partition("\n")[0], []).append((row["question"], row["part"]))
-    reasons = []
-    for message, of in lost.items():
-        names = []
-        for question in dict.fromkeys(question for question, _ in of):
-            parts = [part for q, part in of if q == question]
-            names.append(question if parts == groups[question] else f"{question} {', '.join(parts)}")
-        reasons.append(f"{'; '.join(names)}: {message}")
-    return reasons + result["notes"]
-
-
-def write_table(out: Path, results: dict[str, dict]) -> None:
-    """grades.csv, a line for each hand-in, and grades.md with the reasons."""
-    groups = list(dict.fromkeys((row["question"], row["part"]) for r in results.values() for row in r["rows"]))
-    questions = sorted({question for question, _ in groups})
-    lines = [["hand-in", "points", "of", *(" ".join(group) for group in groups), "perplexity", "messages"]]
-    page = ["# Grades", "", f"| hand-in | points | {' | '.join(questions)} | perplexity |"]
-    page += ["| --- " * (3 + len(questions)) + "|"]
-    details = []
-    for name, result in results.items():
-        points_of = {(row["question"], row["part"]): row["points"] for row in result["rows"]}
-        (got, most), reasons = total(result), reasons_of(result)
-        value = "" if result["perplexity"] is None else f"{result['perplexity']:.2f}"
-        sums = [str(sum(got for group, got in points_of.items() if group[0] == q)) for q in questions]
-        page.append(f"| {name} | {got} of {most} | {' | '.join(sums)} | {value} |")
-        lines.append([name, got, most, *(points_of.get(group, "") for group in groups), value, "\n".join(reasons)])
-        if reasons:  # as code, because hand-ins choose parts of the messages
-            details += [
-                "",
-                f"## {name}: {got} of {most}",
-                "",
-                *(f"- `{r.replace('`', chr(39))}`" for r in reasons),
-            ]
-    with (out / "grades.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(lines)
-    write_atomically(out / "grades.md", "\n".join(page + details) + "\n")
-
-
-def fingerprint(paths: list[Path]) -> str:
-    """A hash of these files' contents."""
-    code = hashlib.sha256()
-    for path in paths:
-        code.update(hashlib.sha256(path.read_bytes()).digest())
-    return code.hexdigest()
-
-
-def separate_users(paths: list[Path]) -> bool:
-    """Whether hand-ins can run as separate users, which needs root; says what they could read."""
-    code = "import os, pytest, sys; print([path for path in sys.argv[1:] if os.access(path, os.R_OK)])"
-    command, works = [sys.executable, "-IBc", code, *map(str, paths)], None
-    if os.geteuid() == 0:
-        with suppress(OSError):  # such a user may not even run this Python
-            env = environment(Path("/"))
-            works = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, **user_of(0))
-    if works is None or works.returncode:
-        why = f"other users cannot run {sys.executable}" if os.geteuid() == 0 else "you are not root"
-        print(f"note: hand-ins run as your user and could read its files, since {why} (docs/grading.md)")
-        return False
-    if works.stdout.strip() != "[]":
-        print(f"note: hand-ins can read {works.stdout.strip()}; close them with chmod 700")
-    return True
-
-
-def begin(test_tokens: Path | None, paths: list[Path]) -> tuple[dict, bool]:
-    """The expected tests and whether users are separate; makes this process the parent of orphaned ones."""
-    require(sys.platform == "linux", "grading needs Linux, for its limits on processes; use a container")
-    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-    if test_tokens:
-        from support.data import read_tokens
-
-        read_tokens(test_tokens, n_vocab=50257)
-    return expected_tests(), separate_users([ROOT / "tests", *paths])
+    """The points of question 2.6 for a "perplexity" or an "error"."""
+    reached = "error" not in found and found["perplexity"] < MOST_PERPLEXITY
+    output = found.get("error") or f"perplexity {found['perplexity']:.2f}, full points under {MOST_PERPLEXITY}"
+    most = points.PERPLEXITY_POINTS
+    return {"question": "2.6", "part": "perplexity", "max": most, "points": most * reached, "output": output}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Grade what is new and write the table."""
-    parser = argparse.ArgumentParser(description="Grade a folder of hand-ins.")
+    parser = ArgumentParser(description="Grade a folder of hand-ins.")
     parser.add_argument("hand_ins", metavar="HAND_INS", type=Path, help="a folder of .zip files")
     parser.add_argument("--out", type=Path, default=Path("grades"), help="folder of the results (default: grades)")
-    parser.add_argument("--test-tokens", type=Path, metavar="NPZ", help="measure question 2.6 on its `val` tokens")
-    parser.add_argument("--jobs", type=int, default=1, help="hand-ins at once (default: 1)")
+    parser.add_argument("--test_tokens", type=Path, metavar="NPZ", help="measure question 2.6 on its `val` tokens")
+    parser.add_argument("--jobs", type=positive_int, default=1, help="hand-ins at once (default: 1)")
+    parser.add_argument("--no_container", action="store_true", help="run their code on this machine as it is")
     args = parser.parse_args(argv)
     with exit_on_user_error():
-        grade_folder(args.hand_ins, args.out, args.test_tokens, args.jobs)
+        advice = "this runs foreign code: start a container (docs/grading.md), or accept it with --no_container"
+        require(args.no_container or any(Path(path).exists() for path in CONTAINERS), advice)
+        results = grade_folder(args.hand_ins, args.out, args.test_tokens, args.jobs)
+        missed = [plain(name) for name, result in results.items() if not result["rows"]]
+        require(not missed, f"not graded: {', '.join(missed)}; do what {args.out}/grades.md says, then retry")
 
 
 def grade_folder(hand_ins: Path, out: Path, test_tokens: Path | None = None, jobs: int = 1) -> dict[str, dict]:
     """Grade each zip file of the folder that is new; return all results by name. UserError if there is none."""
-    zips = sorted(hand_ins.glob("*.zip"))
+    zips = sorted(path for path in hand_ins.glob("*") if path.suffix.lower() == ".zip")
     require(bool(zips), f"{hand_ins}: no .zip file in this folder")
-    require(jobs >= 1, f"--jobs {jobs}: must be at least 1")
+    require(not test_tokens or test_tokens.is_file(), f"{test_tokens}: no such file")
     (out / "details").mkdir(parents=True, exist_ok=True)
-    expected, separate = begin(test_tokens, [*zips[:1], out / "details"])
-    rules = [
-        *sorted(ROOT.glob("tests/*.py")),
-        *sorted(ROOT.glob("tests/mistakes/*.py")),
-        *sorted(HERE.glob("*.py")),
-        *([test_tokens] if test_tokens else []),
-    ]
-    version = fingerprint(rules)
-    slots = list(range(jobs))
+    expected = expected_tests()
+    rules = [path for pattern in (*COPIED, "instructor/*.py") for path in sorted(ROOT.glob(pattern))]
+    rules += [test_tokens] if test_tokens else []
 
     def result_of(path: Path) -> dict:
-        stored, key = out / "details" / f"{path.stem}.json", fingerprint([path]) + version
+        contents = [file.read_bytes() for file in [path, *rules] if file.is_file()]
+        key = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
+        stored = out / "details" / f"{path.name}.json"
         with suppress(OSError, ValueError):
             if (result := json.loads(stored.read_text()))["key"] == key:
                 return result
-        slot = slots.pop()
         try:
-            result = {"key": key, **grade(path, expected, test_tokens, slot if separate else None)}
-        except Exception as error:  # whatever happens, the others are graded; this one again next time
-            return {
-                "rows": [],
-                "perplexity": None,
-                "notes": [f"NOT GRADED: {type(error).__name__}: {first_line(error)}"],
-            }
-        finally:
-            slots.append(slot)
-        write_atomically(stored, json.dumps(result, indent=2) + "\n")
-        return result
+            result = {"key": key, **grade(path, expected, test_tokens)}
+            write_atomically(stored, json.dumps(result, indent=2) + "\n")
+            return result
+        except Exception as error:  # of this machine: the others are graded, and this one again next time
+            notes = [f"NOT GRADED: {type(error).__name__}: {first_line(error)}"]
+            return {"rows": [], "perplexity": None, "notes": notes, "advice": []}
 
     results = {}
     with ThreadPoolExecutor(jobs) as pool:
-        for path, result in zip(
-            zips, tqdm(pool.map(result_of, zips), total=len(zips), unit=" hand-ins"), strict=True
-        ):
-            results[path.stem] = result
-            tqdm.write(f"{path.stem:<24} {'{} of {}'.format(*total(result))}")
+        graded = pool.map(result_of, zips)
+        for path, result in zip(zips, tqdm(graded, total=len(zips), unit=" hand-ins"), strict=True):
+            name = path.stem if path.stem not in results else path.name
+            results[name] = result
+            got = "{} of {}".format(*total(result)) if result["rows"] else "NOT GRADED"
+            tqdm.write(f"{plain(name):<24} {got}")
             write_table(out, results)
     print(f"{out}/grades.md, {out}/grades.csv: {len(results)} hand-ins")
     return results

@@ -1,5 +1,7 @@
-"""A right hand-in: its points on Gradescope, and the perplexity of question 2.6."""
+"""Grading: what is unpacked, the points and reasons of right, wrong, cheating and broken hand-ins, the tables."""
 
+import csv
+import io
 import json
 import math
 import os
@@ -10,154 +12,346 @@ import sys
 import zipfile
 from pathlib import Path
 
+import grade
+import mutants
 import numpy as np
+import perplexity
+import points
 import pytest
+import table
 import torch
-from tiny_run import KEYS, ROOT, TinyRun
+import yaml
+from submit import CODE
 
-import train
 from model import DecoderLM
 
-N_TOKENS, SEQ_LEN = 95, KEYS["seq_len"]  # 11 rows of 8, and 7 tokens that are in no row
+ROOT = Path(grade.ROOT)
+KEYS = {"tokenizer_encoding": "gpt2", "device": "cpu", "batch_size": 2, "seq_len": 8, "num_warmup_steps": 2}
+KEYS |= {"num_training_steps": 6, "grad_accumulation_steps": 2, "min_lr": 1e-3, "max_lr": 1e-2}
+KEYS |= {"output_dir": "out", "model_config": {"n_embd": 8, "n_head": 2, "n_positions": 16, "n_layer": 1}}
 
 
-@pytest.fixture(scope="module")
-def graded(tmp_path_factory, randomise):
-    """A tiny configuration, a checkpoint of it, a test set, and the loss that a plain computation gives."""
-    folder = tmp_path_factory.mktemp("grading")
-    model = randomise(DecoderLM(50257, **KEYS["model_config"])).eval()
-    torch.save(model.state_dict(), folder / "model.pt")
-    tokens = np.random.default_rng(5).integers(0, 50257, N_TOKENS).astype(np.uint16)
-    np.savez(folder / "test.npz", train=tokens[:20], val=tokens)
-    ids = torch.tensor(tokens[: 11 * SEQ_LEN].astype(np.int64)).view(11, SEQ_LEN)
-    with torch.no_grad():
-        log_probs = model(ids)[:, :-1].double().log_softmax(-1)
-    loss = -log_probs.gather(2, ids[:, 1:, None]).mean().item()
-    return TinyRun(folder), folder, loss
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 11, 64])  # 11 rows: the last batch is mostly incomplete
-def test_loss_perplexity_and_count_for_every_batch_size(graded, capsys, batch_size):
-    run, folder, loss = graded
-    arguments = ["--evaluate", str(folder / "model.pt"), "--data", str(folder / "test.npz")]
-    train.main([str(run.config), *arguments, "--set", f"batch_size={batch_size}"])
-    printed = capsys.readouterr().out
-    assert " 77 predicted tokens" in printed, "11 rows of 8 tokens have 77 predictions"
-    found = re.search(r"loss ([\d.]+) nats per token, perplexity ([\d.e+]+)", printed)
-    assert found, printed
-    assert float(found[1]) == pytest.approx(loss, abs=1e-4)
-    assert float(found[2]) == pytest.approx(math.exp(loss), rel=2e-4)  # five digits are printed
-    assert not run.out.exists(), "evaluating must not touch the output folder"
-
-
-def test_a_test_set_shorter_than_a_row_is_refused(graded, capsys):
-    run, folder, _ = graded
-    np.savez(folder / "short.npz", train=np.arange(20), val=np.arange(SEQ_LEN - 1))
-    assert run.main("--evaluate", str(folder / "model.pt"), "--data", str(folder / "short.npz")) == 2
-    assert "short.npz" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def autograder(graded, tmp_path_factory):
-    """run(files) grades a submission in a layout like Gradescope's; it returns what results.json says."""
-    _, folder, _ = graded
-    base = tmp_path_factory.mktemp("gradescope") / "autograder"
-    command = [sys.executable, ROOT / "instructor/gradescope.py", folder / "autograder.zip"]
-    built = subprocess.run([*command, "--test-tokens", folder / "test.npz"], capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
-    with zipfile.ZipFile(folder / "autograder.zip") as archive:
-        archive.extractall(base / "source")
-    shutil.copy(base / "source" / "run_autograder", base / "run_autograder")
-
-    def run(files: dict[str, str | Path]) -> dict:
-        shutil.rmtree(base / "submission", ignore_errors=True)
+def zipped(path: Path, files: dict[str, str | bytes | Path]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
-            path = base / "submission" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content.read_bytes() if isinstance(content, Path) else content.encode())
-        environment = os.environ | {"PYTHON": sys.executable}
-        ended = subprocess.run(["bash", base / "run_autograder"], cwd="/", env=environment, capture_output=True)
-        assert ended.returncode == 0, ended
-        return json.loads((base / "results" / "results.json").read_text())
+            archive.writestr(name, content.read_bytes() if isinstance(content, Path) else content)
+    return path
 
-    return run
+
+class TestUnpack:
+    FILES = {name: f"# {name}" for name in (*CODE, "model.pt", "config.yaml")}
+
+    @pytest.mark.parametrize(
+        "files",
+        [
+            FILES,
+            {f"hw2/hw2/{name}": text for name, text in FILES.items()},
+            {f"hw2\\{name}": text for name, text in FILES.items()},
+            {f"new/{name}": text for name, text in FILES.items()} | {"old/model.py": "# old"},
+            {f"{i}/{name}": text for i, (name, text) in enumerate(FILES.items())},
+            FILES | {"a:b": "", ".": "", "../outside.py": "", "__MACOSX/model.py": "", "conftest.py": "assert 0"},
+        ],
+        ids=["flat", "two folders deep", "Windows", "an old one beside it", "each in a folder", "odd extra files"],
+    )
+    def test_the_files_are_found(self, tmp_path, files):
+        (tmp_path / "to").mkdir()
+        problems, notes = grade.unpack(zipped(tmp_path / "a.zip", files), tmp_path / "to")
+        assert problems == {} and "no PDF" in notes[0]
+        assert {path.name: path.read_text() for path in (tmp_path / "to").iterdir()} == self.FILES
+        assert not (tmp_path / "outside.py").exists()
+
+    def test_what_is_wrong_costs_its_file_only(self, tmp_path):
+        big = self.FILES | {"generate.py": b"#" * (2 << 20), "classify.py": "# a checksum that is wrong"}
+        path = zipped(tmp_path / "a.ZIP", {n: t for n, t in big.items() if n != "train.py"})
+        with zipfile.ZipFile(path, "a") as archive:
+            link = zipfile.ZipInfo("train.py")
+            link.external_attr = 0o120777 << 16
+            archive.writestr(link, "/etc/passwd")
+            crc = archive.getinfo("classify.py").CRC.to_bytes(4, "little")
+        path.write_bytes(path.read_bytes().replace(crc, b"0000"))
+        problems, _ = grade.unpack(path, tmp_path)
+        assert {"train.py", "generate.py", "classify.py"} == set(problems)
+        assert "link" in problems["train.py"] and "more than 1 MiB" in problems["generate.py"]
+        assert "CRC" in problems["classify.py"]
+
+    def test_no_zip_file(self, tmp_path):
+        (tmp_path / "folder.zip").mkdir()
+        (tmp_path / "link.zip").symlink_to("nowhere")
+        (tmp_path / "text.zip").write_bytes(b"PK, but no zip file")
+        for path in tmp_path.iterdir():
+            problems, _ = grade.unpack(path, tmp_path)
+            assert all(f"{path.name} is not a zip file" in problems[name] for name in CODE)
+
+
+class TestTable:
+    ROWS = [
+        {"question": q, "part": part, "max": most, "points": 0, "output": f"test_x: {part} is not written yet"}
+        for (q, part), (most, _) in points.GROUPS.items()
+    ]
+
+    def test_names_and_messages_cannot_break_the_tables(self, tmp_path):
+        rows = [row | {"output": "x: expected 'a\tb\x1b[2J'"} for row in self.ROWS]
+        result = {"rows": rows, "perplexity": None, "notes": [], "advice": []}
+        table.write_table(tmp_path, {"=1+1": result, "a\n| b\x07": result})
+        for line in csv.reader(io.StringIO((tmp_path / "grades.csv").read_text())):
+            assert not line[0].startswith("=") and all(c.isprintable() for cell in line for c in cell)
+        page = (tmp_path / "grades.md").read_text()
+        assert len(re.findall(r"(?m)^\| (=1\+1|a\\x0a\\\| b\\x07) \| 0 of 65 ", page)) == 2, page
+
+    def test_a_starter_without_a_line_written_gives_one_line(self):
+        result = {"rows": self.ROWS, "perplexity": None, "notes": [], "advice": ["test_x: is not written yet"]}
+        assert table.reasons_of(result) == ["1.3; 2.1; 3.1; 3.4: not written yet"]
 
 
 @pytest.fixture(scope="module")
-def right_files(graded):
-    run, folder, _ = graded
-    code = {name: ROOT / name for name in ("model.py", "train.py", "generate.py", "classify.py")}
-    return {**code, "model.pt": folder / "model.pt", "config.yaml": run.config, "ada.pdf": "%PDF-"}
+def weights(tmp_path_factory, randomise):
+    """A folder with a tiny model.pt, its config.yaml, and test tokens; and its perplexity by definition."""
+    folder = tmp_path_factory.mktemp("weights")
+    model = randomise(DecoderLM(50257, **KEYS["model_config"])).eval()
+    model.position_embeddings.weight.data *= 0.1
+    torch.save(model.state_dict(), folder / "model.pt")
+    (folder / "config.yaml").write_text(yaml.safe_dump(KEYS))
+    tokens = np.random.default_rng(5).integers(0, 50257, 95).astype(np.uint16)  # 11 rows of 8, and 7 in no row
+    np.savez(folder / "test.npz", val=tokens)
+    ids = torch.tensor(tokens[:88].astype(np.int64)).view(11, 8)
+    with torch.no_grad():
+        loss = -model(ids)[:, :-1].double().log_softmax(-1).gather(2, ids[:, 1:, None]).mean().item()
+    return folder, math.exp(loss)
 
 
-@pytest.mark.soak
-def test_gradescope_gives_a_right_hand_in_all_points_and_measures_its_perplexity(graded, autograder, right_files):
-    results = autograder({f"ada/{name}": content for name, content in right_files.items()})
-    *coding, perplexity = results["tests"]
-    assert [test for test in coding if test["score"] < test["max_score"]] == [] and results["output"] == ""
-    assert results["score"] == sum(test["max_score"] for test in coding) == 65
-    found = re.fullmatch(r"perplexity ([\d.]+), full points under 50", perplexity["output"])
-    assert perplexity["score"] == 0 and perplexity["max_score"] == 20
-    assert float(found[1]) == pytest.approx(math.exp(graded[2]), rel=1e-4)
+class TestPerplexity:
+    SOURCE = (ROOT / "model.py").read_text(encoding="utf-8")
+    POST_LN = SOURCE.replace("x + self.mha(self.ln_1(x), attention_mask)", "self.ln_1(x + self.mha(x, None))")
+    POST_LN = POST_LN.replace("return x + self.ff(self.ln_2(x))", "return self.ln_2(x + self.ff(x))")
 
+    def measured(self, weights, tmp_path, source: str) -> dict:
+        handed_in = tmp_path / "handed_in"
+        handed_in.mkdir()
+        for name in ("model.pt", "config.yaml"):
+            shutil.copy(weights / name, handed_in)
+        (handed_in / "model.py").write_text(source)
+        return grade.measure(grade.fresh_folder(tmp_path, handed_in), weights / "test.npz")
 
-@pytest.mark.soak
-def test_gradescope_has_results_whatever_the_hand_in_does(autograder, right_files):
-    stop = "import os\nopen('../results.json', 'w').write('{}')\ngetattr(os, '_' + 'exit')(0)\n"
-    results = autograder(right_files | {"model.py": stop, "model.pt": "no weights"})
-    assert results["score"] == 0 and len(results["tests"]) == 15
-    assert results["tests"][0]["output"] == "the process ended: exit status 0"
-    assert "foreign file instead of a PyTorch checkpoint" in results["tests"][-1]["output"]
+    def test_it_is_that_of_the_hand_ins_own_model(self, weights, tmp_path):
+        folder, expected = weights
+        assert self.measured(folder, tmp_path, self.SOURCE)["perplexity"] == pytest.approx(expected, rel=1e-4)
 
-
-def test_the_autograder_has_no_solution_unless_it_measures_perplexity(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "instructor")
-    import gradescope
-
-    monkeypatch.setattr(
-        gradescope.grade, "begin", lambda *_: ({"tests/test_model.py::test_x": ("1.3", "embed")}, False)
+    @pytest.mark.soak
+    @pytest.mark.parametrize(
+        ("edit", "found"),
+        [
+            (("", ""), "perplexity"),  # post-LN
+            ((".tril(S_k - S_q)", ""), "sees the future"),
+            (("class DecoderLM", "class Other"), "DecoderLM"),
+            (("return self.ln(x)", "return 0 * self.ln(x) / 0"), "the loss is nan"),
+        ],
     )
-    gradescope.build(tmp_path / "a.zip", None)
-    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
-        names = set(archive.namelist())
-    assert {"setup.sh", "run_autograder", "tests/test_model.py", "tests/submit.py"} <= names
-    assert not names & {"model.py", "train.py", "generate.py", "classify.py", "test_tokens.npz", "model.pt"}
+    def test_another_model_is_measured_as_it_is_or_refused(self, weights, tmp_path, edit, found):
+        folder, plain = weights
+        result = self.measured(folder, tmp_path, self.POST_LN.replace(*edit))
+        assert found in (result.get("error") or "perplexity"), result
+        assert result.get("perplexity", 0) != pytest.approx(plain, rel=1e-3)
+
+    def test_near_copies_of_the_shipped_model_are_noticed(self, weights, tmp_path):
+        state = torch.load(weights[0] / "model.pt", weights_only=True)
+        torch.save({name: tensor + 1e-4 for name, tensor in state.items()}, tmp_path / "near.pt")
+        other = {name: tensor.flip(0) if tensor.dim() else tensor for name, tensor in state.items()}
+        torch.save(other, tmp_path / "other.pt")
+        shipped = str(weights[0] / "model.pt")
+        assert perplexity.is_copy(str(tmp_path / "near.pt"), shipped)
+        assert not perplexity.is_copy(str(tmp_path / "other.pt"), shipped)
+
+    @pytest.mark.parametrize(
+        ("found", "got"), [({"perplexity": 49.9}, 20), ({"perplexity": 50.0}, 0), ({"error": "x"}, 0)]
+    )
+    def test_points(self, found, got):
+        assert grade.perplexity_row(found)["points"] == got
 
 
-@pytest.mark.parametrize(
-    ("found", "expected"),
-    [
-        ({"perplexity": 49.99}, 20),
-        ({"perplexity": 50.0}, 0),
-        ({"perplexity": math.nan}, 0),
-        ({"error": "none"}, 0),
-    ],
-)
-def test_points_of_a_perplexity(found, expected, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "instructor")
-    import grade
+# A package of one-line functions and one-line tests, one for each group of points: a hand-in takes seconds.
 
-    assert grade.perplexity_row(found)["points"] == expected
+
+def function_of(part: str) -> str:
+    return part.replace(" ", "_")
+
+
+def solution(name: str, right: bool = True, **bodies: str) -> str:
+    """A graded file with a function for each group of points; bodies replace those of some functions."""
+    lines = ["import os, sys, time" + "\nimport model" * (name != "model.py")]
+    for (_, part), (_, file) in points.GROUPS.items():
+        if file == f"test_{name}":
+            body = bodies.get(function_of(part), f"return {part!r}" if right else "return None")
+            lines.append(f"def {function_of(part)}():\n    {body}\n")
+    return "\n".join(lines)
+
+
+def hand_in(right: bool = True, **files: str | None) -> dict[str, str]:
+    """The files of a zip: right or wrong ones, some replaced or (None) left out."""
+    texts = {name: solution(name, right) for name in CODE} | {"answers.pdf": "%PDF-"}
+    texts |= {f"{name}.py": text for name, text in files.items()}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def sick(embed: str) -> dict[str, str]:
+    return hand_in(model=solution("model.py", embed=embed))
+
+
+SWALLOW = "while True:\n        try: time.sleep(1)\n        except BaseException: continue"
+WRONG = solution("model.py", right=False)
+# name: (files, points, what the page says)
+CASES = {
+    "right": (hand_in(), 65, None),
+    "wrong": (hand_in(right=False), 0, "test_embed: AssertionError"),
+    "no_classify": (hand_in(classify=None), 55, "classify.py is missing"),
+    "syntax_error": (hand_in(model="import os\ndef f(:\n"), 0, "model.py, line 2, is not valid Python"),
+    "imports": (hand_in(generate="import pytest\nimport checks\n"), 55, "'checks' (line 2), 'pytest' (line 1)"),
+    "ready_made": (hand_in(model=solution("model.py") + "x = lambda nn: nn.TransformerEncoder\n"), 40, "line"),
+    "raises_at_import": (hand_in(train="import os\n1 / 0\n"), 45, "train.py, line 2: ZeroDivisionError"),
+    "main_at_import": (hand_in(train="import sys\nmain = sys.exit\nmain()\n"), 45, "line 3, runs main() when"),
+    "hangs_at_import": (hand_in(train="while True: pass\n"), 45, "train.py, line 1: no end in the time allowed"),
+    "sleeps": (sick("time.sleep(100000)"), 60, "line 12: no end in the time allowed"),
+    "swallows": (sick(SWALLOW), 60, "no end in the time allowed"),
+    "exits": (sick("os._exit(0)"), 60, "the process ended with exit status 0"),
+    "crashes": (sick("os.abort()"), 60, "line 12: the process ended with Aborted"),
+    "skips": (sick("sys.modules['pytest'].skip('no')"), 60, "look at model.py, line 12, uses sys.modules"),
+    "memory": (sick("return len(bytearray(64 << 30))"), 60, "MemoryError"),
+    "output": (sick("while True:\n        os.write(2, b'x' * 65536)"), 60, "test_embed"),
+    "own_conftest": (hand_in(right=False) | {"conftest.py": "1 / 0"}, 0, "ignored in the zip: conftest.py"),
+    "no_check": (hand_in(model=WRONG + "import torch\ntorch.allclose = print\n"), 40, "replaces torch.allclose"),
+    "no_zip": (None, 0, "no_zip.zip is not a zip file"),
+}
+IN_THE_DEFAULT_SUITE = ("right", "imports", "exits", "no_zip")
+
+
+def grade_cases(folder: Path, names) -> list[str]:
+    """Write the package and the zip files; the command that grades them, run once."""
+    fake, zips = folder / "package", folder / "hand_ins"
+    (fake / "tests").mkdir(parents=True)
+    zips.mkdir()
+    tests = {"conftest.py": "import sys\nsys.path[:0] = ['.', 'tests']\npytest_plugins = ['points']\n"}
+    tests["points.py"] = (ROOT / "tests/points.py").read_text()
+    for name in CODE:
+        (fake / name).write_text(solution(name))
+        tests[f"test_{name}"] = f"import pytest\nimport {name[:-3]} as m\n"
+    for (question, part), (_, file) in points.GROUPS.items():
+        function = function_of(part)
+        tests[file] += f"@pytest.mark.question({question!r}, {part!r})\ndef test_{function}():\n"
+        tests[file] += f"    assert m.{function}() == {part!r}\n"
+    for name, text in tests.items():
+        (fake / "tests" / name).write_text(text)
+    for name in names:
+        path, files = zips / f"{name}.zip", CASES[name][0]
+        path.write_bytes(b"PK") if files is None else zipped(path, files)
+    code = f"import sys\nsys.path.insert(0, {str(ROOT / 'instructor')!r})\nimport grade\n"
+    code += f"grade.ROOT = grade.Path({str(fake)!r})\n"
+    code += "grade.SECONDS_FILE, grade.SECONDS_GROUP = 8, 4\ngrade.main(sys.argv[1:])\n"
+    arguments = [str(zips), "--out", str(folder / "grades"), "--jobs", "2", "--no-container"]
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=fake)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return command
+
+
+def check_case(folder: Path, name: str) -> None:
+    details = json.loads((folder / "grades" / "details" / f"{name}.zip.json").read_text())
+    got = {row["part"]: row["points"] for row in details["rows"]}
+    page = (folder / "grades" / "grades.md").read_text()
+    section = page.partition(f"\n## {name}:")[2].partition("\n## ")[0]
+    _, expected, reason = CASES[name]
+    assert len(got) == len(points.GROUPS) and sum(got.values()) == expected, section
+    assert reason is None or reason in section, section
+
+
+def test_a_class_is_graded_and_graded_again_where_it_changed(tmp_path):
+    command = grade_cases(tmp_path, IN_THE_DEFAULT_SUITE)
+    for name in IN_THE_DEFAULT_SUITE:
+        check_case(tmp_path, name)
+    table_before = (tmp_path / "grades/grades.csv").read_text()
+    assert f"\nright,65,65,{','.join(str(of) for of, _ in points.GROUPS.values())},," in table_before
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "grades/details").iterdir()}
+    zipped(tmp_path / "hand_ins/no_zip.zip", {"a.pdf": "%PDF-"})
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path / "package")
+    later = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "grades/details").iterdir()}
+    assert [name for name in times if times[name] != later[name]] == ["no_zip.zip.json"]
+
+
+@pytest.fixture(scope="module")
+def all_cases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("class")
+    grade_cases(folder, [name for name in CASES if name not in IN_THE_DEFAULT_SUITE])
+    return folder
 
 
 @pytest.mark.soak
-def test_the_commands_of_the_guide_grade_a_class(right_files, tmp_path):
-    for name in ("tests", "data"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "my_texts.jsonl").write_text('{"text": "One text, and no other."}\n' * 9)
-    (tmp_path / "HAND_INS").mkdir()
-    model = (ROOT / "model.py").read_text()
-    mistake = model.replace("weights @ v", "2 * weights @ v").replace(
-        "import torch\n", "import torch\ntorch.allclose = lambda *a, **k: True\n", 1
-    )
-    for name, files in (("ada", right_files), ("bob", right_files | {"model.py": mistake})):
-        with zipfile.ZipFile(tmp_path / "HAND_INS" / f"{name}.zip", "w") as archive:
-            for file, content in files.items():
-                archive.writestr(file, content.read_bytes() if isinstance(content, Path) else content)
-    (commands,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "grading.md").read_text(), flags=re.DOTALL)
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    bash = subprocess.run(["bash", "-ec", commands], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert bash.returncode == 0, bash.stdout + bash.stderr
-    page = (tmp_path / "grades" / "grades.md").read_text()
-    assert re.search(r"\| ada \| 65 of 85 \| 25 \| 20 \| 0 \| 10 \| 10 \| [\d.]+ \|", page), page
-    assert "| bob | 0 of 85 |" in page and "1.3; 2.1; 3.1; 3.4: tests that must fail did not" in page
+@pytest.mark.parametrize("name", [name for name in CASES if name not in IN_THE_DEFAULT_SUITE])
+def test_points_and_reasons(all_cases, name):
+    check_case(all_cases, name)
+
+
+def test_a_hand_in_that_cannot_be_graded_is_named_and_not_kept(tmp_path, monkeypatch, capsys):
+    zipped(tmp_path / "ada.zip", hand_in())
+    monkeypatch.setattr(grade, "expected_tests", lambda: {})
+    monkeypatch.setattr(grade, "FREE_MB", 1 << 40)  # the temporary disk is full
+    with pytest.raises(SystemExit) as stop:
+        grade.main([str(tmp_path), "--out", str(tmp_path / "grades"), "--no-container"])
+    assert stop.value.code == 2 and "ada" in capsys.readouterr().err
+    assert "free some disk space" in (tmp_path / "grades/grades.md").read_text()
+    assert not list((tmp_path / "grades/details").iterdir())
+
+
+def test_it_runs_in_a_container_only_unless_told_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(grade, "CONTAINERS", (str(tmp_path / "none"),))
+    with pytest.raises(SystemExit) as stop:
+        grade.main([str(tmp_path)])
+    assert stop.value.code == 2 and "--no_container" in capsys.readouterr().err
+
+
+@pytest.mark.soak
+class TestRealHandIns:
+    def test_gradescope_without_a_solution_in_the_zip(self, weights, tmp_path):
+        folder, expected = weights
+        command = [sys.executable, ROOT / "instructor/gradescope.py", tmp_path / "autograder.zip"]
+        subprocess.run([*command, "--test-tokens", folder / "test.npz"], check=True, capture_output=True)
+        base = tmp_path / "autograder"
+        with zipfile.ZipFile(tmp_path / "autograder.zip") as archive:
+            assert not {*CODE, "model.pt"} & set(archive.namelist())
+            archive.extractall(base / "source")
+        shutil.copy(base / "source" / "run_autograder", base)
+        (base / "submission").mkdir()
+        for path in [*(ROOT / name for name in CODE), folder / "model.pt", folder / "config.yaml"]:
+            shutil.copy(path, base / "submission")
+        environment = os.environ | {"PYTHON": sys.executable}
+        subprocess.run(["bash", base / "run_autograder"], cwd="/", env=environment, check=True)
+        results = json.loads((base / "results" / "results.json").read_text())
+        *coding, last = results["tests"]
+        assert [test for test in coding if test["score"] < test["max_score"]] == [] and results["score"] == 65
+        assert float(re.search(r"perplexity ([\d.]+)", last["output"])[1]) == pytest.approx(expected, rel=1e-4)
+
+    def test_a_class_of_twelve_by_the_commands_of_the_guide(self, weights, tmp_path):
+        """Six right hand-ins of different kinds get all points, six wrong ones lose some."""
+        (tmp_path / "HAND_INS").mkdir()
+        for name in ("data", "instructor"):
+            (tmp_path / name).symlink_to(ROOT / name)
+        (tmp_path / "my_texts.jsonl").write_text('{"text": "One text, and no other."}\n' * 9)
+        families = list(mutants.FAMILIES.values())[:6]
+        chosen = {f"right{i}": mutants.right_sources(what) for i, what in enumerate(SIX_RIGHT)}
+        chosen |= {f"wrong{i}": mutants.wrong_sources(family[0]) for i, family in enumerate(families)}
+        for name, sources in chosen.items():
+            files = {f"{module}.py": text for module, text in sources.items()}
+            files |= {path.name: path for path in (weights[0] / "model.pt", weights[0] / "config.yaml")}
+            zipped(tmp_path / "HAND_INS" / f"{name}.zip", files | {"a.pdf": "%PDF-"})
+        (commands,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/grading.md").read_text(), flags=re.DOTALL)
+        commands = commands.replace("HAND_INS", "HAND_INS --no-container")
+        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        bash = subprocess.run(
+            ["bash", "-ec", commands], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert bash.returncode == 0, bash.stdout + bash.stderr
+        page = (tmp_path / "grades" / "grades.md").read_text()
+        got = {name: int(of) for name, of in re.findall(r"(?m)^\| (\w+) \| (\d+) of 85 ", page)}
+        assert len(got) == 12 and all((of == 65) == name.startswith("right") for name, of in got.items()), page
+
+    @pytest.mark.parametrize("arguments", [[], ["--right"]], ids=["wrong solutions", "right solutions"])
+    def test_the_tests_tell_wrong_solutions_from_right_ones(self, arguments):
+        done = subprocess.run([sys.executable, mutants.__file__, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
