@@ -10,6 +10,7 @@ solution survives or a right one loses a point.
 """
 
 import argparse
+import ast
 import multiprocessing
 import os
 import sys
@@ -37,6 +38,10 @@ def edited(module: str, edits) -> str:
     """The text of a graded file after the edits. ValueError if an old text does not occur exactly once."""
     text = (ROOT / f"{module}.py").read_text(encoding="utf-8")
     for old, new in edits:
+        if old.startswith("def "):  # the whole function
+            old = next(
+                ast.get_source_segment(text, n) for n in ast.parse(text).body if old[4:] == getattr(n, "name", 0)
+            )
         if text.count(old) != 1:
             raise ValueError(f"{module}.py: expected this text once, found it {text.count(old)} times: {old!r}")
         text = text.replace(old, new)

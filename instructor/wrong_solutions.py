@@ -11,26 +11,24 @@ FF, ATTENTION = "FeedForward and DecoderBlock", "self_attention"
 LOSS, RANDOM, SEQUENTIAL = "compute_language_modeling_loss", "random_batch_sampler", "sequential_batch_sampler"
 SOFTMAX, SENTIMENT = "softmax_with_temperature", "classify_binary_sentiment"
 
-# The module of each part of the points. `evaluate` and the extras give no points, but they have tests.
+# The module of each part. `evaluate` and advice give no points, but they have tests.
 MODULE_OF = {
     part: file.removeprefix("test_").removesuffix(".py") for (_, part), (_, file) in points.GROUPS.items()
 }
-MODULE_OF["evaluate"] = "train"
-MODULE_OF |= {f"extras of {module}": module for module in set(MODULE_OF.values())}
+MODULE_OF |= {f"advice of {module}": module for module in set(MODULE_OF.values())} | {"evaluate": "train"}
 
 
 class Mutant(NamedTuple):
-    """A mistake: in the module of `part`, or in the solution `file`, each old text becomes the new one."""
+    """A mistake: in the module of `part`, each old text becomes the new one."""
 
     what: str
     part: str  # its tests must fail
     edits: tuple[tuple[str, str], ...]
-    file: str | None = None  # in instructor/solutions/, in place of the package's module
 
 
-def mistake(what: str, part: str, *texts: str, file: str | None = None) -> Mutant:
+def mistake(what: str, part: str, *texts: str) -> Mutant:
     """texts: old, new, old, new …"""
-    return Mutant(what, part, tuple(zip(texts[::2], texts[1::2], strict=True)), file)
+    return Mutant(what, part, tuple(zip(texts[::2], texts[1::2], strict=True)))
 
 
 # Texts of model.py
@@ -47,6 +45,7 @@ ADD_ATTENTION = "x = x + self.mha(self.ln_1(x), attention_mask)"
 ADD_FEED_FORWARD = "return x + self.ff(self.ln_2(x))"
 LOGITS = "F.linear(x, self.token_embeddings.weight)"
 INIT = "        self._init_weights()\n"
+PROJECTED = "self.projection(self.self_attention(q, kT, v, attention_mask))"
 
 # Texts of train.py
 RANDOM_STARTS = "torch.randint(n_starts, (batch_size, 1)).numpy()"
@@ -54,7 +53,8 @@ SEQUENTIAL_ROWS = "rows = tokens[: n_rows * seq_len].reshape(n_rows, seq_len)"
 SEQUENTIAL_LOOP = "for start in range(0, n_rows, batch_size):"
 CROSS_ENTROPY = "F.cross_entropy(predictions, labels)"
 LABELS = "input_ids[:, 1:].flatten()"
-IN_AUTOCAST = "with autocast:\n                loss = loss_fn(input_ids)\n            #"
+IN_AUTOCAST = "            with autocast:\n                if loss_fn is None:\n                    loss = compute_language_modeling_loss(input_ids, model(input_ids))\n                else:\n                    loss = loss_fn(input_ids)\n            #"
+IN_EVALUATION = "                else:\n                    loss = loss_fn(input_ids)\n            total"
 BACKWARD = "            (loss / grad_accumulation_steps).backward()\n"
 SET_LR = "        set_lr(optimizer, learning_rate)\n"
 STEP = "        optimizer.step()\n"
@@ -66,24 +66,23 @@ PROGRESS = "(t - num_warmup_steps) / (num_training_steps - num_warmup_steps)  #"
 # Texts of generate.py
 SOFTMAX_OF_LOGITS = "F.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)"
 IF_GREEDY = "if temperature <= torch.finfo(logits.dtype).tiny:"
-DRAW = "torch.multinomial(probs, 1).squeeze(-1)"
+GREEDY = "tokens = logits.argmax(dim=-1, keepdim=True)  # (B, 1)"
+DRAW = "torch.multinomial(probs, 1)"
 RIGHT_PADDING = (
     *("[pad_token] * (S - len(row)) + row", "row + [pad_token] * (S - len(row))"),
     *("[0.0] * (S - len(row)) + [1.0] * len(row)", "[1.0] * len(row) + [0.0] * (S - len(row))"),
 )
-NEXT_LOGITS = "decoder.next_token_logits(input_ids[:, -n_positions:], mask[:, -n_positions:])"
-N_PROMPT = "            n_prompt = input_ids.shape[1]\n"
-CACHED_EMBED = "self.model.embed(input_ids, attention_mask)"
-NEW_WINDOW = "                    decoder = CachedDecoder(model)\n"
+NEXT_LOGITS = "next_token_logits(input_ids[:, -P:], mask[:, -P:])  # (B, V)"
+MODEL = "return model(input_ids, attention_mask)[:, -1]"
+EVERY_BATCH = "range(0, len(prefixes), batch_size)"
+DECODE = "texts.append(tokenizer.decode(row[: row.index(eot_token)] if eot_token in row else row))"
+ROW = "row[: row.index(eot_token)] if eot_token in row else row"
 
 # Texts of classify.py
 P_POSITIVE = "F.softmax(logits[:, tokens_of_interest], dim=-1)[:, 1]"
-HIDDEN = "model.hidden_states(input_ids, mask)"
-IN_ORDER = "classify_in_order.py"
-IN_ORDER_RIGHT_PADDING = (
-    *("[eot] * (longest - len(row)) + row for", "row + [eot] * (longest - len(row)) for"),
-    *("[0.0] * (longest - len(row)) + [1.0] * len(row)", "[1.0] * len(row) + [0.0] * (longest - len(row))"),
-)
+HIDDEN = "model.token_logits(model.hidden_states(input_ids, mask)[:, -1])"
+PAD = "input_ids, mask = left_pad(rows, tokenizer.eot_token, device)"
+PAD_RIGHT = "input_ids, mask = (padded.flip(1) for padded in left_pad([row[::-1] for row in rows], tokenizer.eot_token, device))"
 
 # fmt: off
 # ruff: noqa: E501 (one mutant, one line)
@@ -96,11 +95,11 @@ FAMILIES = {
         mistake("no dropout", FF, FEED_FORWARD, "self.linear_out(F.gelu(self.linear_in(x)))"),
         mistake("dropout on the hidden units", FF, FEED_FORWARD, "self.linear_out(self.dropout(F.gelu(self.linear_in(x))))"),
         mistake("width 2 D", FF, "nn.Linear(n_embd, 4 * n_embd)", "nn.Linear(n_embd, 2 * n_embd)", "nn.Linear(4 * n_embd, n_embd)", "nn.Linear(2 * n_embd, n_embd)"),
+        mistake("GELU before linear_in", FF, "F.gelu(self.linear_in(x))", "self.linear_in(F.gelu(x))"),
     ],
     "evaluation": [
-        mistake("in training mode", "evaluate", "    model.eval()\n    try:", "    try:"),
-        mistake("the mode found is not restored", "evaluate", "for module in training_modules:", "for module in model.modules():"),
-        mistake("only the root's mode is restored", "evaluate", "        for module in training_modules:\n            module.training = True\n", "        model.train(model in training_modules)\n"),
+        mistake("in training mode", "evaluate", "    model.eval()\n", ""),
+        mistake("the mode found is not restored", "evaluate", "    model.train(was_training)\n", ""),
         mistake("mean of the means of unequal batches", "evaluate", "loss.item() * B * (S - 1)", "loss.item()", "n_predictions += B * (S - 1)", "n_predictions += 1"),
         mistake("weighted by tokens, not by predictions", "evaluate", "loss.item() * B * (S - 1)", "loss.item() * B * S", "n_predictions += B * (S - 1)", "n_predictions += B * S"),
         mistake("perplexity in base 2", "evaluate", "np.exp(val_loss)", "np.exp2(val_loss)"),
@@ -125,15 +124,19 @@ FAMILIES = {
         mistake("padding mask inverted", ATTENTION, WITH_PADDING, "visible & ~attention_mask[:, None, None, :].bool()"),
         mistake("row 0's padding mask for the whole batch", ATTENTION, WITH_PADDING, "visible & attention_mask[0].bool()"),
         mistake("padding mask not passed on by forward", ATTENTION, "self.self_attention(q, kT, v, attention_mask)", "self.self_attention(q, kT, v)"),
-        mistake("a row without keys is NaN", ATTENTION, FILL, "-torch.inf", *NO_ROW_OF_ZEROS),
-        mistake("a row without keys averages all values", ATTENTION, *NO_ROW_OF_ZEROS),
+        mistake("a row without keys averages all values", "advice of model", *NO_ROW_OF_ZEROS),
         mistake("heads merged in the wrong order", ATTENTION, "attn.transpose(1, 2).flatten(start_dim=2)", "attn.reshape(len(attn), S_q, -1)"),
         mistake("heads interleaved when merged", ATTENTION, "attn.transpose(1, 2)", "attn.permute(0, 2, 3, 1)"),
         mistake("no dropout on the weights", ATTENTION, f"self.dropout({ATTEND})", ATTEND),
         mistake("dropout on the result, not on the weights", ATTENTION, f"self.dropout({ATTEND})", ATTEND, "weights @ v", "self.dropout(weights @ v)"),
         mistake("dropout before softmax", ATTENTION, SCORES, f"self.dropout({SCORES})", f"self.dropout({ATTEND})", ATTEND),
         mistake("dropout active at evaluation", ATTENTION, f"self.dropout({ATTEND})", f"F.dropout({ATTEND}, self.dropout.p)"),
+        mistake("NaN for padding that reaches the real tokens", ATTENTION, FILL, "-torch.inf", *NO_ROW_OF_ZEROS),
         mistake("no dropout after the projection", ATTENTION, "self.dropout(self.proj(attn))", "self.proj(attn)"),
+        mistake("forward goes round projection and its dropout", ATTENTION, PROJECTED, "self.proj(self.self_attention(q, kT, v, attention_mask))"),
+        mistake("dropout twice after the projection", ATTENTION, PROJECTED, f"self.dropout({PROJECTED})"),
+        mistake("forward returns a tuple", ATTENTION, f"return {PROJECTED}", f"return {PROJECTED}, None"),
+        mistake("a bare assert that fails", ATTENTION, "        S_q, S_k = ", "        assert q.shape[-1] == 1\n        S_q, S_k = "),
         mistake("no output projection", ATTENTION, "self.dropout(self.proj(attn))", "self.dropout(attn)"),
         mistake("split by a view that mixes tokens and heads", "q_kT_v", "self.q_attn(x).view(heads).transpose(1, 2)", "self.q_attn(x).view(B, self.n_head, S, D // self.n_head)"),
         mistake("heads interleaved when split", "q_kT_v", "self.v_attn(x).view(heads).transpose(1, 2)", "self.v_attn(x).view(B, S, D // self.n_head, self.n_head).permute(0, 3, 1, 2)"),
@@ -153,7 +156,6 @@ FAMILIES = {
         mistake("positions beyond the last one clamped", "embed", "if self.n_positions < S:", "if False:", "self.position_embeddings(position_ids)", "self.position_embeddings(position_ids.clamp(max=self.n_positions - 1))"),
     ],
     "block": [
-        mistake("post-norm for pre-norm", FF, ADD_ATTENTION, "x = self.ln_1(x + self.mha(x, attention_mask))", ADD_FEED_FORWARD, "return self.ln_2(x + self.ff(x))"),
         mistake("ln_1 for both", FF, "self.ln_2(x)", "self.ln_1(x)"),
         mistake("the norms swapped", FF, "self.ln_1(x)", "self.ln_2(x)", "self.ff(self.ln_2(x))", "self.ff(self.ln_1(x))"),
         mistake("no norm before the attention", FF, "self.mha(self.ln_1(x), attention_mask)", "self.mha(x, attention_mask)"),
@@ -162,6 +164,7 @@ FAMILIES = {
         mistake("no residual around the attention", FF, "x = x + self.mha", "x = self.mha"),
         mistake("no residual around the feed-forward", FF, "return x + self.ff", "return self.ff"),
         mistake("no feed-forward", FF, ADD_FEED_FORWARD, "return x"),
+        mistake("dropout on both branches once more", FF, ADD_ATTENTION, "x = x + self.mha.dropout(self.mha(self.ln_1(x), attention_mask))", ADD_FEED_FORWARD, "return x + self.ff.dropout(self.ff(self.ln_2(x)))"),
         mistake("attention and feed-forward side by side", FF, ADD_ATTENTION, "a = self.mha(self.ln_1(x), attention_mask)", ADD_FEED_FORWARD, "return x + a + self.ff(self.ln_2(x))"),
         mistake("padding mask not passed to the attention", FF, "self.mha(self.ln_1(x), attention_mask)", "self.mha(self.ln_1(x))"),
     ],
@@ -173,18 +176,21 @@ FAMILIES = {
         mistake("the output matrix detached", "DecoderLM", LOGITS, "F.linear(x, self.token_embeddings.weight.detach())"),
         mistake("a bias on the logits", "DecoderLM", INIT, INIT + "        self.bias = nn.Parameter(torch.zeros(n_vocab))\n", LOGITS, "F.linear(x, self.token_embeddings.weight, self.bias)"),
         mistake("torch's default initialisation", "DecoderLM", INIT, ""),
-        mistake("residual projections not smaller", "DecoderLM", "residual_std if writes_residual else 0.02", "0.02"),
-        mistake("residual projections by sqrt(n_layer)", "DecoderLM", "math.sqrt(2 * self.n_layer)", "math.sqrt(self.n_layer)"),
+        mistake("residual projections not smaller", "advice of model", "residual_std if writes_residual else 0.02", "0.02"),
+        mistake("residual projections by sqrt(n_layer)", "advice of model", "math.sqrt(2 * self.n_layer)", "math.sqrt(self.n_layer)"),
         mistake("biases not 0", "DecoderLM", "nn.init.zeros_(module.bias)", "pass"),
         mistake("the blocks are skipped", "DecoderLM", BLOCKS, "for block in []:"),
         mistake("only the first block", "DecoderLM", BLOCKS, "for block in self.blocks[:1]:"),
         mistake("one block for all layers", "DecoderLM", "nn.ModuleList(DecoderBlock(n_embd, n_head, p_dropout) for _ in range(n_layer))", "nn.ModuleList([DecoderBlock(n_embd, n_head, p_dropout)] * n_layer)"),
         mistake("the blocks backwards", "DecoderLM", BLOCKS, "for block in reversed(self.blocks):"),
+        mistake("each block applied twice", "DecoderLM", "x = block(x, attention_mask)", "x = block(block(x, attention_mask), attention_mask)"),
+        mistake("dropout after the final norm", "DecoderLM", "return self.ln(x)", "return self.dropout(self.ln(x))"),
+        mistake("forward returns a tuple", "DecoderLM", "return self.token_logits(self.hidden_states(input_ids, attention_mask))", "return self.token_logits(self.hidden_states(input_ids, attention_mask)), None"),
         mistake("padding mask not passed to the blocks", "DecoderLM", "x = block(x, attention_mask)", "x = block(x, None)"),
         mistake("padding mask not passed to embed", "DecoderLM", "x = self.embed(input_ids, attention_mask)", "x = self.embed(input_ids)"),
         mistake("token 0 taken for padding", "DecoderLM", "x = self.embed(input_ids, attention_mask)", "attention_mask = (input_ids != 0).float()\n        x = self.embed(input_ids, attention_mask)"),
-        mistake("p_dropout does not reach the blocks", "DecoderLM", "DecoderBlock(n_embd, n_head, p_dropout)", "DecoderBlock(n_embd, n_head)"),
-        mistake("p_dropout does not reach the feed-forward", "DecoderLM", "FeedForward(n_embd, p_dropout)", "FeedForward(n_embd)"),
+        mistake("p_dropout does not reach the blocks", "advice of model", "DecoderBlock(n_embd, n_head, p_dropout)", "DecoderBlock(n_embd, n_head)"),
+        mistake("p_dropout does not reach the feed-forward", "advice of model", "FeedForward(n_embd, p_dropout)", "FeedForward(n_embd)"),
     ],
     "loss": [
         mistake("not shifted", LOSS, LABELS, "input_ids.flatten()", "logits[:, :-1]", "logits"),
@@ -219,10 +225,10 @@ FAMILIES = {
         mistake("mean over all steps logged", "train", RECENT, "deque(previous_losses)"),
         mistake("loss of the step alone logged", "train", RECENT, "deque(previous_losses, maxlen=1)"),
         mistake("logged every tenth step", "train", "if wandb.run is not None:", "if wandb.run is not None and step % 10 == 0:"),
-        mistake("logged without asking for a run", "train", LOG, "        if True:\n"),
-        mistake("left in evaluation mode", "train", "    model.train()\n", ""),
+        mistake("logged without asking for a run", "advice of train", LOG, "        if True:\n"),
+        mistake("left in evaluation mode", "advice of train", "    model.train()\n", ""),
         mistake("put into evaluation mode", "train", "    model.train()\n", "    model.eval()\n"),
-        mistake("autocast not used", "train", IN_AUTOCAST, IN_AUTOCAST.replace("autocast", "nullcontext()")),
+        mistake("autocast not used", "advice of train", IN_AUTOCAST, IN_AUTOCAST.replace("autocast", "nullcontext()", 1)),
     ],
     "schedule": [
         mistake("warm-up one step early", "cosine_lr_schedule", "max_lr * t / num", "max_lr * (t + 1) / num"),
@@ -232,10 +238,11 @@ FAMILIES = {
         mistake("cosine b steps long", "cosine_lr_schedule", PROGRESS, "(t - num_warmup_steps) / num_training_steps  #"),
         mistake("a whole cosine", "cosine_lr_schedule", "math.pi * progress", "2 * math.pi * progress"),
         mistake("decay to 0", "cosine_lr_schedule", COSINE, "max_lr * (1 + math.cos(math.pi * progress)) / 2"),
+        mistake("min_lr not added", "cosine_lr_schedule", COSINE, "(max_lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2"),
         mistake("amplitude max_lr", "cosine_lr_schedule", COSINE, "min_lr + max_lr * (1 + math.cos(math.pi * progress)) / 2"),
         mistake("the cosine goes on after the end", "cosine_lr_schedule", "if t >= num_training_steps:", "if False:"),
-        mistake("division by zero without warm-up", "cosine_lr_schedule", "if t < num_warmup_steps:", "if t <= num_warmup_steps:"),
-        mistake("division by zero where warm-up is all", "cosine_lr_schedule", "if t >= num_training_steps:", "if t > num_training_steps:"),
+        mistake("division by zero without warm-up", "advice of train", "if t < num_warmup_steps:", "if t <= num_warmup_steps:"),
+        mistake("division by zero where warm-up is all", "advice of train", "if t >= num_training_steps:", "if t > num_training_steps:"),
     ],
     "samplers": [
         mistake("last start missing", RANDOM, "len(tokens) - seq_len + 1", "len(tokens) - seq_len"),
@@ -245,9 +252,10 @@ FAMILIES = {
         mistake("one start for all rows", RANDOM, RANDOM_STARTS, "torch.randint(n_starts, (1, 1)).numpy().repeat(batch_size, axis=0)"),
         mistake("the same batch again", RANDOM, f"    while True:\n        starts = {RANDOM_STARTS}", f"    starts = {RANDOM_STARTS}\n    while True:"),
         mistake("starts at multiples of seq_len only", RANDOM, RANDOM_STARTS, "torch.randint((n_starts - 1) // seq_len + 1, (batch_size, 1)).numpy() * seq_len"),
-        mistake("ids read as int16", RANDOM, "tokens[starts + offsets].astype(np.int64)", "tokens[starts + offsets].astype(np.int16).astype(np.int64)"),
+        mistake("ids read as int16", "advice of train", "tokens[starts + offsets].astype(np.int64)", "tokens[starts + offsets].astype(np.int16).astype(np.int64)"),
         mistake("one batch only", RANDOM, "while True:", "for _ in range(1):"),
         mistake("rows overlap by a token", SEQUENTIAL, SEQUENTIAL_ROWS, "rows = np.stack([tokens[i * (seq_len - 1) :][:seq_len] for i in range(n_rows)])"),
+        mistake("rows one token apart", SEQUENTIAL, SEQUENTIAL_ROWS, "rows = np.stack([tokens[i : i + seq_len] for i in range(n_rows)])"),
         mistake("incomplete last batch kept", SEQUENTIAL, "if drop_last:", "if False:"),
         mistake("last full batch dropped", SEQUENTIAL, "n_rows = len(tokens) // seq_len", "n_rows = (len(tokens) - 1) // seq_len"),
         mistake("rows of shuffled order", SEQUENTIAL, "rows[start : start + batch_size]", "rows[start : start + batch_size][::-1]"),
@@ -264,37 +272,38 @@ FAMILIES = {
         mistake("log-softmax", SOFTMAX, SOFTMAX_OF_LOGITS, "F.log_softmax(logits / temperature, dim=-1)"),
         mistake("exp overflows", SOFTMAX, f"return {SOFTMAX_OF_LOGITS}", "e = torch.exp(logits / temperature)\n    return e / e.sum(dim=-1, keepdim=True)"),
         mistake("logits changed in place", SOFTMAX, SOFTMAX_OF_LOGITS, "F.softmax(logits.div_(temperature), dim=-1)"),
-        mistake("arg max at every temperature", "generate", DRAW, "probs.argmax(dim=-1)"),
-        mistake("sampled at temperature 0", "generate", "return logits.argmax(dim=-1)", "return torch.multinomial(F.softmax(logits, dim=-1), 1).squeeze(-1)"),
-        mistake("one draw for all rows", "generate", DRAW, "torch.multinomial(probs[:1], 1).squeeze(-1).expand(len(probs))"),
+        mistake("arg max at every temperature", "generate", DRAW, "probs.argmax(dim=-1, keepdim=True)"),
+        mistake("sampled at temperature 0", "generate", GREEDY, "tokens = torch.multinomial(F.softmax(logits, dim=-1), 1)"),
+        mistake("temperature not passed on", "generate", "softmax_with_temperature(logits, temperature), top_k", "softmax_with_temperature(logits, 1.0), top_k"),
+        mistake("one draw for all rows", "generate", DRAW, "torch.multinomial(probs[:1], 1).expand(len(probs), 1)"),
         mistake("seeded inside", "generate", "    texts = []\n", "    texts = []\n    torch.manual_seed(0)\n"),
         mistake("prompt returned", "generate", "input_ids[:, n_prompt:].tolist()", "input_ids.tolist()"),
-        mistake("decoder blocks skipped", "generate", "in enumerate(self.model.blocks):", "in []:"),
-        mistake("last token alone given to the model", "generate", NEXT_LOGITS, "model(input_ids[:, -1:], mask[:, -1:])[:, -1]"),
-        mistake("new tokens not given to the model", "generate", NEXT_LOGITS, "model(input_ids[:, :n_prompt], mask[:, :n_prompt])[:, -1]"),
+        mistake("last token alone given to the model", "generate", MODEL, "return model(input_ids[:, -1:], attention_mask[:, -1:])[:, -1]"),
+        mistake("new tokens not given to the model", "generate", NEXT_LOGITS, "next_token_logits(input_ids[:, :n_prompt], mask[:, :n_prompt])"),
+        mistake("logits of the first position", "generate", MODEL, "return model(input_ids, attention_mask)[:, 0]"),
         mistake("right padding", "generate", *RIGHT_PADDING),
-        mistake("mask ignored", "generate", NEXT_LOGITS, "model(input_ids[:, -n_positions:])[:, -1]"),
+        mistake("mask ignored", "generate", MODEL, "return model(input_ids)[:, -1]"),
         mistake("mask not extended", "generate", "torch.ones_like(mask[:, :1])", "torch.zeros_like(mask[:, :1])"),
-        mistake("every <|endoftext|> masked as padding", "generate", N_PROMPT, N_PROMPT + "            mask = (input_ids != eot_token).float()\n"),
-        mistake("order lost", "generate", "for prefix in prefixes]", "for prefix in sorted(prefixes, key=len)]"),
-        mistake("partial batch lost", "generate", "range(0, len(prompts), batch_size)", "range(0, len(prompts) - batch_size + 1, batch_size)"),
-        mistake("window does not slide", "generate", "(input_ids[:, -n_positions:], mask[:, -n_positions:])", "(input_ids[:, :n_positions], mask[:, :n_positions])"),
-        mistake("generation ends where the window is full", "generate", f"                logits = {NEXT_LOGITS}", f"                if input_ids.shape[1] > n_positions:\n                    break\n                logits = {NEXT_LOGITS}"),
-        mistake("window one token short", "generate", NEXT_LOGITS, "model(input_ids[:, 1 - n_positions :], mask[:, 1 - n_positions :])[:, -1]"),
-        mistake("long prompts keep their first tokens", "generate", "encode_ordinary(text)[-n_positions:]", "encode_ordinary(text)[:n_positions]"),
-        mistake("long prompts keep P - max_new_tokens tokens", "generate", "encode_prompt(tokenizer, prefix, n_positions)", "encode_prompt(tokenizer, prefix, max(1, n_positions - max_new_tokens))"),
+        mistake("order lost", "generate", "for text in prefixes[start", "for text in sorted(prefixes, key=len)[start"),
+        mistake("partial batch lost", "generate", EVERY_BATCH, "range(0, len(prefixes) - batch_size + 1, batch_size)"),
+        mistake("batch_size ignored", "generate", "    texts = []\n", "    texts = []\n    batch_size = len(prefixes)\n"),
+        mistake("characters taken for tokens", "generate", "encode_prompt(tokenizer, text, P)", "encode_prompt(tokenizer, text[-P:], P)"),
+        mistake("decoded token by token", "generate", DECODE, f'texts.append("".join(tokenizer.decode([token]) for token in ({ROW})))'),
+        mistake("text stripped", "generate", DECODE, DECODE[:-1] + ".strip())"),
         mistake("one token too many", "generate", "range(max_new_tokens)", "range(max_new_tokens + 1)"),
-        mistake("an empty prefix crashes", "generate", " or [tokenizer.eot_token]", ""),
-        mistake("<|endoftext|> returned as text", "generate", "row.index(eot_token)]", "row.index(eot_token) + 1]"),
-        mistake("<|endoftext|> does not end a row", "generate", "row[: row.index(eot_token)] if", "[token for token in row if token != eot_token] if"),
-        mistake("one row's end ends all", "generate", "if ended.all():", "if ended.any():"),
-        mistake("dropout active", "generate", "    model.eval()\n", ""),
-        mistake("the mode found is not restored", "generate", "            module.training = True\n", "            pass\n"),
-        mistake("cache: positions one too low", "generate", CACHED_EMBED, "self.model.embed(input_ids, F.pad(attention_mask[:, :-1], (0, 1)) if self.n_read else attention_mask)"),
-        mistake("cache: positions count the padding", "generate", CACHED_EMBED, "self.model.embed(input_ids, None if self.n_read else attention_mask)"),
-        mistake("cache: stale when the window slides", "generate", NEW_WINDOW, "                    decoder.cache = [(kT[..., 1:], v[:, :, 1:]) for kT, v in decoder.cache]\n                    decoder.n_read = n_positions - 1\n"),
-        mistake("cache: padding visible after the first step", "generate", "self_attention(q, kT, v, attention_mask)", "self_attention(q, kT, v, attention_mask if q.shape[2] == kT.shape[3] else None)"),
-        mistake("cache: of the batch before", "generate", "            decoder = CachedDecoder(model)\n            ended", "            decoder = decoder if start else CachedDecoder(model)\n            ended"),
+        mistake("every <|endoftext|> masked as padding", "advice of generate", "            n_prompt = input_ids", "            mask = (input_ids != eot_token).float()\n            n_prompt = input_ids"),
+        mistake("window does not slide", "advice of generate", NEXT_LOGITS, "next_token_logits(input_ids[:, :P], mask[:, :P])"),
+        mistake("generation ends where the window is full", "advice of generate", f"                logits = {NEXT_LOGITS}", f"                if input_ids.shape[1] > P:\n                    break\n                logits = {NEXT_LOGITS}"),
+        mistake("window one token short", "advice of generate", NEXT_LOGITS, "next_token_logits(input_ids[:, 1 - P :], mask[:, 1 - P :])"),
+        mistake("long prompts keep their first tokens", "advice of generate", "encode_ordinary(text)[-n_positions:]", "encode_ordinary(text)[:n_positions]"),
+        mistake("long prompts keep P - max_new_tokens tokens", "advice of generate", "encode_prompt(tokenizer, text, P)", "encode_prompt(tokenizer, text, max(1, P - max_new_tokens))"),
+        mistake("an empty prefix crashes", "advice of generate", " or [tokenizer.eot_token]", ""),
+        mistake("<|endoftext|> returned as text", "advice of generate", "row.index(eot_token)]", "row.index(eot_token) + 1]"),
+        mistake("<|endoftext|> does not end a row", "advice of generate", ROW, "[token for token in row if token != eot_token]"),
+        mistake("one row's end ends all", "advice of generate", "if ended.all():", "if ended.any():"),
+        mistake("one row at a time", "advice of generate", "    texts = []\n", "    texts = []\n    batch_size = 1\n"),
+        mistake("dropout active", "advice of generate", "    model.eval()\n", ""),
+        mistake("the mode found is not restored", "advice of generate", "    model.train(was_training)\n", ""),
     ],
     "classification": [
         mistake("classes swapped", SENTIMENT, "dim=-1)[:, 1]", "dim=-1)[:, 0]"),
@@ -309,34 +318,33 @@ FAMILIES = {
         mistake("ties broken by order", SENTIMENT, "    return (p >", "    if calibrate:\n        rank = p.argsort(stable=True).argsort()\n        return [int(r > (len(p) - 1) // 2) for r in rank]\n    return (p >"),
         mistake("calibrated upwards only", SENTIMENT, "p.median().item()", "max(0.5, p.median().item())"),
         mistake("exp overflows", SENTIMENT, f"return {P_POSITIVE}", "e = torch.exp(logits[:, tokens_of_interest])\n    return e[:, 1] / e.sum(dim=1)"),
-        mistake("right padding", "score", *IN_ORDER_RIGHT_PADDING, file=IN_ORDER),
-        mistake("mask ignored", "score", "model(ids, mask)", "model(ids)", file=IN_ORDER),
-        mistake("order lost", "score", "logits[indices] =", "logits[start : start + len(indices)] ="),
-        mistake("partial batch lost", "score", "range(0, len(prompts), batch_size)", "range(0, len(prompts) - batch_size + 1, batch_size)", "    return logits\n", "    return logits[: len(prompts) // batch_size * batch_size]\n"),
-        mistake("logits of the first position", "score", HIDDEN, f"{HIDDEN}[:, :1]"),
-        mistake("log-probabilities", "score", "next_logits.to(", "next_logits.log_softmax(-1).to("),
-        mistake("long texts keep their first tokens", "score", "encode_prompt(tokenizer, text, n_positions)", "tokenizer.encode_ordinary(text)[:n_positions]"),
-        mistake("decoder blocks skipped", "score", HIDDEN, "model.ln(model.embed(input_ids, mask))"),
-        mistake("dropout active", "score", "with inference(model),", "with torch.inference_mode(),"),
-        mistake("the mode found is not restored", "score", "    with inference(model),", "    model.eval()\n    with torch.inference_mode(),"),
+        mistake("right padding", "score", PAD, PAD_RIGHT),
+        mistake("mask ignored", "score", HIDDEN, "model(input_ids)[:, -1]"),
+        mistake("order lost", "score", "batch = texts[start", "batch = sorted(texts, key=len)[start"),
+        mistake("partial batch lost", "score", "range(0, len(texts), batch_size)", "range(0, len(texts) - batch_size + 1, batch_size)"),
+        mistake("batch_size ignored", "score", "    was_training = model.training\n", "    was_training, batch_size = model.training, len(texts)\n"),
+        mistake("characters taken for tokens", "score", "encode_prompt(tokenizer, text, model.n_positions)", "encode_prompt(tokenizer, text[-model.n_positions :], model.n_positions)"),
+        mistake("logits of the first position", "score", HIDDEN, "model(input_ids, mask)[:, 0]"),
+        mistake("log-probabilities", "score", HIDDEN, f"{HIDDEN}.log_softmax(-1)"),
+        mistake("long texts keep their first tokens", "advice of classify", "encode_prompt(tokenizer, text, model.n_positions)", "tokenizer.encode_ordinary(text)[: model.n_positions]"),
+        mistake("dropout active", "advice of classify", "    model.eval()\n", ""),
+        mistake("the mode found is not restored", "advice of classify", "    model.train(was_training)\n", ""),
     ],
     "extras": [
-        mistake("loss_fn ignored", "extras of train", "loss_fn = loss_fn or partial(plain_loss, model)\n    batches", "loss_fn = partial(plain_loss, model)\n    batches"),
-        mistake("loss_fn ignored", "evaluate", "loss_fn = loss_fn or partial(plain_loss, model)\n    total_loss", "loss_fn = partial(plain_loss, model)\n    total_loss"),
-        mistake("loss_fn called outside autocast", "extras of train", IN_AUTOCAST, IN_AUTOCAST.replace("autocast", "nullcontext()")),
-        mistake("grad_clip ignored", "extras of train", "grad_clip or math.inf", "math.inf"),
-        mistake("grad_clip after each micro-batch", "extras of train", "            losses.append(loss.detach())\n", "            losses.append(loss.detach())\n            nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)\n"),
-        mistake("numbers that are not finite accepted", "extras of train", "if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):", "if False:"),
-        mistake("gradients that are not finite accepted", "extras of train", "if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):", "if not math.isfinite(step_loss):"),
-        mistake("start_step ignored", "extras of train", "range(start_step, num_training_steps)", "range(num_training_steps)"),
-        mistake("previous_losses ignored", "extras of train", "deque(previous_losses,", "deque((),"),
-        mistake("on_step not called", "extras of train", "            on_step(StepResult(step, step_loss, train_loss, learning_rate))\n", "            pass\n"),
-        mistake("drop_last ignored", "extras of train", "if drop_last:", "if True:"),
-        mistake("queries taken for the first tokens", "extras of model", CAUSAL, ".tril()"),
-        mistake("a literal <|endoftext|> ends the text", "extras of generate", "tokenizer.encode_ordinary(text)", 'tokenizer.encode(text, allowed_special="all")'),
-        mistake("numpy seeds the samples", "extras of generate", DRAW, "torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(int(__import__('numpy').random.randint(1000)))).squeeze(-1)"),
-        mistake("scores always in float32", "extras of classify", "embeddings.new_empty(", "torch.empty(", "next_logits.to(logits.dtype)", "next_logits"),
-        mistake("an empty text has no token", "extras of classify", "encode_prompt(tokenizer, text, n_positions)", "tokenizer.encode_ordinary(text)[-n_positions:]"),
+        mistake("loss_fn ignored", "advice of train", IN_AUTOCAST, IN_AUTOCAST.replace("loss_fn is None", "True")),
+        mistake("loss_fn ignored", "evaluate", IN_EVALUATION, IN_EVALUATION.replace("loss_fn(input_ids)", "compute_language_modeling_loss(input_ids, model(input_ids))")),
+        mistake("grad_clip ignored", "advice of train", "if grad_clip is not None:", "if False:"),
+        mistake("numbers that are not finite accepted", "advice of train", "if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):", "if False:"),
+        mistake("gradients that are not finite accepted", "advice of train", "if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):", "if not math.isfinite(step_loss):"),
+        mistake("start_step ignored", "advice of train", "range(start_step, num_training_steps)", "range(num_training_steps)"),
+        mistake("previous_losses ignored", "advice of train", "deque(previous_losses,", "deque((),"),
+        mistake("on_step not called", "advice of train", "            on_step(StepResult(step, step_loss, train_loss, learning_rate))\n", "            pass\n"),
+        mistake("drop_last ignored", "advice of train", "if drop_last:", "if True:"),
+        mistake("queries taken for the first tokens", "advice of model", CAUSAL, ".tril()"),
+        mistake("a literal <|endoftext|> ends the text", "advice of generate", "tokenizer.encode_ordinary(text)", 'tokenizer.encode(text, allowed_special="all")'),
+        mistake("numpy seeds the samples", "advice of generate", DRAW, "torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(int(__import__('numpy').random.randint(1000))))"),
+        mistake("scores always in float32", "advice of classify", HIDDEN, f"{HIDDEN}.float()"),
+        mistake("an empty text has no token", "advice of classify", "encode_prompt(tokenizer, text, model.n_positions)", "tokenizer.encode_ordinary(text)[-model.n_positions :]"),
     ],
 }
 # fmt: on
