@@ -36,8 +36,7 @@ import points  # noqa: E402
 from submit import CODE, PACKAGES, review  # noqa: E402
 from table import plain, total, write_table  # noqa: E402
 
-from support.arguments import ArgumentParser, positive_int  # noqa: E402
-from support.errors import exit_on_user_error, first_line, require  # noqa: E402
+from support.errors import ArgumentParser, exit_on_user_error, first_line, positive_int, require  # noqa: E402
 from support.files import write_atomically  # noqa: E402
 
 FILES = list(dict.fromkeys(file for _, file in points.GROUPS.values()))

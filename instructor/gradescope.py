@@ -17,8 +17,7 @@ sys.path.insert(0, str(HERE))
 
 import grade  # noqa: E402  (it puts the package on the path)
 
-from support.arguments import ArgumentParser  # noqa: E402
-from support.errors import exit_on_user_error, first_line  # noqa: E402
+from support.errors import ArgumentParser, exit_on_user_error, first_line  # noqa: E402
 from support.files import atomic_file, json_text, write_atomically  # noqa: E402
 
 PACKED = (*grade.COPIED, "requirements.txt")

@@ -38,10 +38,9 @@ def edited(module: str, edits) -> str:
     """The text of a graded file after the edits. ValueError if an old text does not occur exactly once."""
     text = (ROOT / f"{module}.py").read_text(encoding="utf-8")
     for old, new in edits:
-        if old.startswith("def "):  # the whole function
-            old = next(
-                ast.get_source_segment(text, n) for n in ast.parse(text).body if old[4:] == getattr(n, "name", 0)
-            )
+        if (name := old.removeprefix("def ")).isidentifier():  # the whole function
+            (node,) = (node for node in ast.parse(text).body if getattr(node, "name", None) == name)
+            old = ast.get_source_segment(text, node)
         if text.count(old) != 1:
             raise ValueError(f"{module}.py: expected this text once, found it {text.count(old)} times: {old!r}")
         text = text.replace(old, new)

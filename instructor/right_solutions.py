@@ -157,7 +157,7 @@ GENERATE_ONE_BY_ONE = """def generate(model, device, tokenizer, prefixes, batch_
 DRAW = "torch.multinomial(probs, 1)"
 NUMPY_DRAW = "torch.tensor([[np.random.choice(len(p), p=p / p.sum())] for p in probs.double().numpy()])"
 NEXT_LOGITS = "logits.append(model.token_logits(model.hidden_states(input_ids, mask)[:, -1]))"
-ONE_BY_ONE = "logits += [model(torch.tensor([row], device=device))[:, -1] for row in rows]"
+ONE_BY_ONE = "logits += [model(torch.tensor([row], device=device))[:, -1] for row in prompts]"
 SIGMOID = "torch.sigmoid(logits[:, tokens_of_interest[1]] - logits[:, tokens_of_interest[0]])"
 
 RIGHT = {

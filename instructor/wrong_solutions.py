@@ -73,7 +73,7 @@ RIGHT_PADDING = (
     *("[0.0] * (S - len(row)) + [1.0] * len(row)", "[1.0] * len(row) + [0.0] * (S - len(row))"),
 )
 NEXT_LOGITS = "next_token_logits(input_ids[:, -P:], mask[:, -P:])  # (B, V)"
-MODEL = "return model(input_ids, attention_mask)[:, -1]"
+MODEL = "model(input_ids, mask)[:, -1])"
 EVERY_BATCH = "range(0, len(prefixes), batch_size)"
 DECODE = "texts.append(tokenizer.decode(row[: row.index(eot_token)] if eot_token in row else row))"
 ROW = "row[: row.index(eot_token)] if eot_token in row else row"
@@ -81,8 +81,8 @@ ROW = "row[: row.index(eot_token)] if eot_token in row else row"
 # Texts of classify.py
 P_POSITIVE = "F.softmax(logits[:, tokens_of_interest], dim=-1)[:, 1]"
 HIDDEN = "model.token_logits(model.hidden_states(input_ids, mask)[:, -1])"
-PAD = "input_ids, mask = left_pad(rows, tokenizer.eot_token, device)"
-PAD_RIGHT = "input_ids, mask = (padded.flip(1) for padded in left_pad([row[::-1] for row in rows], tokenizer.eot_token, device))"
+PAD = "input_ids, mask = left_pad(prompts, tokenizer.eot_token, device)"
+PAD_RIGHT = "input_ids, mask = (ids.flip(1) for ids in left_pad([row[::-1] for row in prompts], tokenizer.eot_token, device))"
 
 # fmt: off
 # ruff: noqa: E501 (one mutant, one line)
@@ -278,11 +278,11 @@ FAMILIES = {
         mistake("one draw for all rows", "generate", DRAW, "torch.multinomial(probs[:1], 1).expand(len(probs), 1)"),
         mistake("seeded inside", "generate", "    texts = []\n", "    texts = []\n    torch.manual_seed(0)\n"),
         mistake("prompt returned", "generate", "input_ids[:, n_prompt:].tolist()", "input_ids.tolist()"),
-        mistake("last token alone given to the model", "generate", MODEL, "return model(input_ids[:, -1:], attention_mask[:, -1:])[:, -1]"),
+        mistake("last token alone given to the model", "generate", MODEL, "model(input_ids[:, -1:], mask[:, -1:])[:, -1])"),
         mistake("new tokens not given to the model", "generate", NEXT_LOGITS, "next_token_logits(input_ids[:, :n_prompt], mask[:, :n_prompt])"),
-        mistake("logits of the first position", "generate", MODEL, "return model(input_ids, attention_mask)[:, 0]"),
+        mistake("logits of the first position", "generate", MODEL, "model(input_ids, mask)[:, 0])"),
         mistake("right padding", "generate", *RIGHT_PADDING),
-        mistake("mask ignored", "generate", MODEL, "return model(input_ids)[:, -1]"),
+        mistake("mask ignored", "generate", MODEL, "model(input_ids)[:, -1])"),
         mistake("mask not extended", "generate", "torch.ones_like(mask[:, :1])", "torch.zeros_like(mask[:, :1])"),
         mistake("order lost", "generate", "for text in prefixes[start", "for text in sorted(prefixes, key=len)[start"),
         mistake("partial batch lost", "generate", EVERY_BATCH, "range(0, len(prefixes) - batch_size + 1, batch_size)"),
@@ -320,7 +320,7 @@ FAMILIES = {
         mistake("exp overflows", SENTIMENT, f"return {P_POSITIVE}", "e = torch.exp(logits[:, tokens_of_interest])\n    return e[:, 1] / e.sum(dim=1)"),
         mistake("right padding", "score", PAD, PAD_RIGHT),
         mistake("mask ignored", "score", HIDDEN, "model(input_ids)[:, -1]"),
-        mistake("order lost", "score", "batch = texts[start", "batch = sorted(texts, key=len)[start"),
+        mistake("order lost", "score", "for text in texts[start", "for text in sorted(texts, key=len)[start"),
         mistake("partial batch lost", "score", "range(0, len(texts), batch_size)", "range(0, len(texts) - batch_size + 1, batch_size)"),
         mistake("batch_size ignored", "score", "    was_training = model.training\n", "    was_training, batch_size = model.training, len(texts)\n"),
         mistake("characters taken for tokens", "score", "encode_prompt(tokenizer, text, model.n_positions)", "encode_prompt(tokenizer, text[-model.n_positions :], model.n_positions)"),

@@ -19,8 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from support.arguments import ArgumentParser  # noqa: E402
-from support.errors import UserError, exit_on_user_error, require  # noqa: E402
+from support.errors import ArgumentParser, UserError, exit_on_user_error, require  # noqa: E402
 from support.files import atomic_file  # noqa: E402
 from support.screen import bold, heading  # noqa: E402
 

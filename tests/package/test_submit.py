@@ -76,7 +76,7 @@ FAULTS = {
     "ready-made, imported": (edit("model.py", "from torch import nn\n", "from torch import nn\nfrom torch.nn import TransformerDecoder\n"), "TransformerDecoder"),
     "no checkpoint": (lambda root: (root / "model.pt").unlink(), "model.pt: no such"),
     "another model's configuration": (edit("config.yaml", "n_embd: 8", "n_embd: 16"), "n_embd"),
-    "too much training": (edit("config.yaml", "num_training_steps: 6", "num_training_steps: 6000000000"), "1e17"),
+    "too much training": (edit("config.yaml", "num_training_steps: 6", "num_training_steps: 2000000000"), "1e17"),
     "no answers": (lambda root: (root / "report" / "answers.pdf").unlink(), "--report"),
     "two PDFs": (put("notes.pdf", b"%PDF-"), "several PDFs"),
     "answers that are not a PDF": (put("report/answers.pdf", b"hello"), "is not a PDF"),
