@@ -5,6 +5,7 @@ loaded; a folder is memory-mapped, so its size affects neither the start nor the
 converted once to such a folder, `<name>.tokens` beside it, and again when the text has changed.
 """
 
+import os
 import random
 import re
 import zipfile
@@ -20,16 +21,16 @@ from support.errors import UserError, first_line, require
 from support.files import DATA
 from support.tokenizer import SPLITS, token_folder
 
-# Dataset repositories on the Hugging Face Hub, and the one file of each that is needed.
-C4 = ("yimingzhang/llms-hw2", "tokens.npz")
-YELP = ("fancyzhx/yelp_polarity", "plain_text/test-00000-of-00001.parquet")
+# Dataset repositories on the Hugging Face Hub, the one file of each that is needed, and its name in data/.
+C4 = ("yimingzhang/llms-hw2", "tokens.npz", "tokens.npz")
+YELP = ("fancyzhx/yelp_polarity", "plain_text/test-00000-of-00001.parquet", "yelp_test.parquet")
 C4_NOTE = "The course's own validation set is another part of C4, so compare perplexities with a margin."
 YELP_NOTE = "The bundled sample has product reviews: its accuracies are not comparable with Yelp's."
 
 
-def hub_file(repo: str, filename: str) -> tuple[Path | None, str]:
-    """(data/<filename>, ""), downloaded from the Hub if it is not there; (None, reason) if that fails."""
-    path = DATA / filename
+def hub_file(repo: str, filename: str, name: str) -> tuple[Path | None, str]:
+    """(data/<name>, ""), downloaded from the Hub if it is not there; (None, reason) if that fails."""
+    path = DATA / name
     if path.exists():
         return path, ""
     try:
@@ -38,12 +39,13 @@ def hub_file(repo: str, filename: str) -> tuple[Path | None, str]:
         # Asked first and alone: the download itself tries an unreachable Hub for more than a minute.
         # The files are public, and an expired token would be refused: token=False.
         facts = get_hf_file_metadata(hf_hub_url(repo, filename, repo_type="dataset"), token=False, timeout=8)
-        print(f"Downloading {filename} of {repo} to data/, {facts.size / 1e6:,.1f} MB, once.", flush=True)
-        hf_hub_download(repo, filename, repo_type="dataset", local_dir=DATA, token=False)
+        print(f"Downloading {filename} of {repo}, {facts.size / 1e6:,.1f} MB, once.", flush=True)
+        folder = DATA / ".downloads"
+        os.replace(hf_hub_download(repo, filename, repo_type="dataset", local_dir=folder, token=False), path)
         return path, ""
     except Exception as error:  # a broken connection, a full disk: the client raises dozens of types
         reason = re.sub(r"https?://[^\s:]+", "the Hub", f"{type(error).__name__}: {first_line(error)}")
-        return None, f"{repo} is not in data/ and cannot be downloaded ({reason:.80})"
+        return None, f"{repo}: no data/{name}, and it cannot be downloaded ({reason:.80})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +82,7 @@ def load_corpus(data: str | None, n_vocab: int) -> Corpus:
         if path:
             return Corpus("C4 (data/tokens.npz)", *read_tokens(path, n_vocab))
         require(data is None, f"data: c4: {problem}; put the file there, or use data: sample")
-        data, note = "sample", f"NOTE: {problem}, so this trains on the bundled sample of C4. {C4_NOTE}"
+        data, note = "sample", f"NOTE: this is the bundled sample of C4 ({problem}). {C4_NOTE}"
     if data == "sample":
         return Corpus("bundled sample of C4", *read_tokens(DATA / "sample.npz", n_vocab), note)
     known = "give tokens, a text, JSON lines, a folder of these, 'sample' or 'c4'"
@@ -183,7 +185,7 @@ def load_reviews(data: str | None, limit: int, fits: Callable[[str], bool], seed
         path, problem = hub_file(*YELP)
         require(path is not None or data is None, f"--data yelp: {problem}; put it there, or give --data sample")
         if path is None:
-            data, note = "sample", f"NOTE: {problem}, so this is NOT Yelp. {YELP_NOTE}"
+            data, note = "sample", f"NOTE: this is NOT Yelp ({problem}). {YELP_NOTE}"
     if data == "sample":
         name, path = "bundled sample of product reviews", DATA / "reviews.jsonl"
     from support.text import read_reviews
