@@ -22,16 +22,14 @@ YELP_LABEL_MAP = {0: " bad", 1: " good"}
 def score(model: DecoderLM, device, tokenizer, texts: list[str], batch_size: int) -> torch.Tensor:
     """Logits of the token that follows each text: N texts -> (N, V), row i for texts[i].
 
-    Of a text longer than n_positions only the last tokens are read. `tokenizer` is a tiktoken.Encoding.
+    Of a text longer than P = n_positions only the last tokens are read. `tokenizer` is a tiktoken.Encoding.
     """
-    was_training = model.training
+    P, was_training = model.n_positions, model.training
     model.eval()
     logits = [torch.empty(0, tokenizer.n_vocab, device=device)]
     with torch.inference_mode():
         for start in range(0, len(texts), batch_size):
-            prompts = [
-                encode_prompt(tokenizer, text, model.n_positions) for text in texts[start : start + batch_size]
-            ]
+            prompts = [encode_prompt(tokenizer, text, P) for text in texts[start : start + batch_size]]
             input_ids, mask = left_pad(prompts, tokenizer.eot_token, device)
             logits.append(model.token_logits(model.hidden_states(input_ids, mask)[:, -1]))
     model.train(was_training)
@@ -61,7 +59,7 @@ def classify_binary_sentiment(logits: torch.Tensor, tokens_of_interest: list[int
 
 def main(argv: list[str] | None = None) -> None:
     """Classify reviews, print both accuracies and write classification.csv, .json and .png."""
-    from support import downstream as results
+    from support import results
     from support.data import load_reviews
     from support.decoding import score_by_length
     from support.errors import exit_on_user_error, positive_int
@@ -75,11 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_user_error():
         trained, folder = results.load_model(args)
         encode, n_positions = trained.tokenizer.encode_ordinary, trained.config.model_config.n_positions
-
-        def fits(text: str) -> bool:
-            return len(encode(YELP_TEMPLATE.format(text=text))) <= n_positions
-
-        reviews = load_reviews(args.data, args.limit, fits)
+        reviews = load_reviews(
+            args.data, args.limit, fits=lambda text: len(encode(YELP_TEMPLATE.format(text=text))) <= n_positions
+        )
         results.show_classification_header(trained, reviews, YELP_TEMPLATE, YELP_LABEL_MAP)
 
         started = time.perf_counter()

@@ -2,7 +2,6 @@
 
     python generate.py --prefixes prefixs.json                       greedy: the likeliest token at each step
     python generate.py --prompt "Once upon a time" "The city"        texts of your own
-    python generate.py --interactive                                 typed one by one
     python generate.py outputs/GPT-tiny/model.pt --temperature 0.8 --seed 1              sampled
 
 Shapes: B sequences in a batch, S tokens in each, V vocabulary size, P the model's n_positions.
@@ -82,9 +81,8 @@ def generate(
     """Continue each prefix by up to max_new_tokens tokens; return the continuations only, in order.
 
     Each new token depends on exactly the last P tokens, or on all while there are fewer. A row ends at
-    `<|endoftext|>`, which is not part of its text. Temperature 0 is greedy; otherwise tokens are drawn from
-    torch's global generator. next_token_logits maps input_ids (B, S) and attention_mask (B, S) to the logits
-    (B, V) of the token that follows each row; without it the model is asked. `tokenizer` is a tiktoken.Encoding.
+    `<|endoftext|>`, which is not part of its text. Sampling (temperature > 0) draws from torch's global generator.
+    next_token_logits: input_ids (B, S), mask (B, S) -> the logits after each row (B, V); default: the model's.
     """
     next_token_logits = next_token_logits or (lambda input_ids, mask: model(input_ids, mask)[:, -1])
     P, eot_token = model.n_positions, tokenizer.eot_token
@@ -117,7 +115,7 @@ def generate(
 
 def main(argv: list[str] | None = None) -> None:
     """Continue prompts, print the texts and write generation.jsonl."""
-    from support import downstream as results
+    from support import results
     from support.decoding import choose_decoder
     from support.errors import exit_on_user_error, positive_int, probability_mass, seed, temperature
 
@@ -135,15 +133,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     with exit_on_user_error():
-        groups = results.prompt_groups(args)
         trained, folder = results.load_model(args)
         results.show_generation_header(trained, args)
         options = {"top_k": args.top_k, "top_p": args.top_p} if args.top_k or args.top_p else {}
         options |= choose_decoder(trained, generate)
-
         torch.manual_seed(args.seed)
         started, pairs = time.perf_counter(), []
-        for prompts in groups:  # a single one, unless they are typed
+        for prompts in results.prompt_groups(args):  # all at once, unless they are typed
             settings = args.batch_size, args.max_new_tokens, args.temperature
             texts = generate(trained.model, trained.device, trained.tokenizer, prompts, *settings, **options)
             pairs += results.show_texts(trained, prompts, texts)

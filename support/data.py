@@ -2,7 +2,7 @@
 
 Tokens are the splits `train` and `val`, 1-D integer arrays, in one .npz or as .npy files in a folder. An .npz is
 loaded; a folder is memory-mapped, so its size affects neither the start nor the memory of a run. A text is
-converted once to such a folder, `<name>.tokens` beside it, and again when the text has changed.
+converted once to such a folder, `<name>.tokens` beside it, and again when it has changed.
 """
 
 import os
@@ -36,8 +36,7 @@ def hub_file(repo: str, filename: str, name: str) -> tuple[Path | None, str]:
     try:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-        # Asked first and alone: the download itself tries an unreachable Hub for more than a minute.
-        # The files are public, and an expired token would be refused: token=False.
+        # Asked alone, because the download tries an unreachable Hub for minutes. An expired token is never sent.
         facts = get_hf_file_metadata(hf_hub_url(repo, filename, repo_type="dataset"), token=False, timeout=8)
         print(f"Downloading {filename} of {repo}, {facts.size / 1e6:,.1f} MB, once.", flush=True)
         folder = DATA / ".downloads"
@@ -50,7 +49,7 @@ def hub_file(repo: str, filename: str, name: str) -> tuple[Path | None, str]:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Tokens to train on and to evaluate on: 1-D integer arrays, those of a folder memory-mapped."""
+    """Tokens to train on and to evaluate on."""
 
     name: str
     train: np.ndarray
@@ -91,7 +90,7 @@ def load_corpus(data: str | None, n_vocab: int) -> Corpus:
 
 
 def read_tokens(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    """`train` and `val` of an .npz, a token folder or a text. If an .npz has only `val`, train is empty.
+    """`train` and `val` of an .npz (train is empty if it lacks it), a token folder or a text.
 
     Raises UserError if the path cannot be read or contains anything but token ids in [0, n_vocab).
     """
@@ -175,9 +174,8 @@ class Reviews:
 def load_reviews(data: str | None, limit: int, fits: Callable[[str], bool], seed: int = 42) -> Reviews:
     """At most `limit` random reviews for which `fits(text)` is true, in the order of the data.
 
-    `data` is a csv, JSON lines, or a text file with one text a line; 'yelp' (Yelp polarity's test split) or
-    'sample'. None means yelp, or the sample with a note if Yelp is not available. Texts without labels are all
-    returned. Raises UserError for a bad file or if no review fits.
+    `data` is a file as in text.read_reviews, 'yelp' (Yelp polarity's test split) or 'sample'; None means yelp, or
+    the sample with a note if Yelp is not available. Texts without labels are all returned. Raises UserError.
     """
     name, path, note = data, Path(data or ""), None
     if data in (None, "yelp"):

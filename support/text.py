@@ -1,13 +1,13 @@
 """What people bring: texts, reviews and prompts in files and folders, recognised by their content.
 
-Every reader names the place of what it cannot read in a UserError, which is one sentence.
+What cannot be read is a UserError that names the place.
 """
 
 import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -17,12 +17,6 @@ from support.errors import UserError, first_line, require
 from support.files import ROOT
 
 END_OF_TEXT = "<|endoftext|>"
-JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
-
-
-def suffixes(path: Path) -> set[str]:
-    """The suffixes of a file's name in lower case: {".csv", ".gz"}."""
-    return {suffix.lower() for suffix in path.suffixes}
 
 
 def text_files(path: Path) -> list[Path]:
@@ -42,20 +36,15 @@ def read_documents(path: Path) -> Iterator[str]:
     for file in text_files(path):
         if is_json(file):
             yield from (record["text"] for _, record in read_json(file))
-        else:
-            yield from split_documents(read_lines(file))
-
-
-def split_documents(lines: Iterable[str]) -> Iterator[str]:
-    """The texts between the separators `<|endoftext|>`."""
-    parts = []
-    for line in lines:
-        *ends, rest = line.split(END_OF_TEXT)
-        for end in ends:
-            yield "".join([*parts, end])
-            parts = []
-        parts.append(rest)
-    yield "".join(parts)
+            continue
+        parts = []
+        for line in read_lines(file):
+            *ends, rest = line.split(END_OF_TEXT)
+            for end in ends:
+                yield "".join([*parts, end])
+                parts = []
+            parts.append(rest)
+        yield "".join(parts)
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -77,7 +66,7 @@ def read_lines(path: Path) -> Iterator[str]:
 
 def is_json(path: Path) -> bool:
     """Whether a file is JSON: by its name, or because its first line is a JSON object."""
-    if suffixes(path) & JSON_SUFFIXES:
+    if any(suffix.lower() in (".json", ".jsonl", ".ndjson") for suffix in path.suffixes):
         return True
     first = next(filter(str.strip, read_lines(path)), "")
     try:
@@ -115,17 +104,16 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     csv.field_size_limit(2**31 - 1)
     lines = read_lines(path)
     first = next(lines, "")
-    rows = csv.reader(chain([first], lines), delimiter=max(",;\t", key=first.count), strict=True)
     # strict: an open quote would swallow the rest of the file
+    rows = csv.reader(chain([first], lines), delimiter=max(",;\t", key=first.count), strict=True)
     try:
         header = [name.strip().lower() for name in next(rows, [])]
         problem = f"{path}, line 1: no column 'text' in the header {', '.join(header)[:80] or '(empty)'}"
         require("text" in header, f"{problem}; name the columns text and label")
         for row in filter(None, rows):
-            place = f"{path}, line {rows.line_num}"
-            problem = f"{place}: more fields than columns; put a text that has commas into double quotes"
-            require(len(row) <= len(header), problem)
-            yield place, dict(zip(header, row, strict=False))  # a short row lacks a label
+            problem = f"{path}, line {rows.line_num}: more fields than columns"
+            require(len(row) <= len(header), f"{problem}; put a text that has commas into double quotes")
+            yield f"{path}, line {rows.line_num}", dict(zip(header, row, strict=False))
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num}: invalid csv ({error}); fix it") from None
 
@@ -135,35 +123,35 @@ def read_reviews(path: Path) -> Iterator[tuple[str, int | None]]:
 
     The label is 0 or 1, or None if there is none.
     """
-    if path.suffix == ".parquet":
+    kind = path.name.lower()
+    if kind.endswith(".parquet"):
         records = read_parquet(path)
-    elif suffixes(path) & {".csv", ".tsv"}:
+    elif kind.endswith((".csv", ".tsv", ".csv.gz")):
         records = read_csv(path)
     elif is_json(path):
         records = read_json(path)
     else:
-        lines = ((f"{path}, line {n}", line.strip()) for n, line in enumerate(read_lines(path), start=1))
-        records = ((place, {"text": line}) for place, line in lines if line)
+        lines = enumerate(read_lines(path), start=1)
+        records = ((f"{path}, line {n}", {"text": line.strip()}) for n, line in lines if line.strip())
+    known = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, "None": None}
     for place, record in records:
-        require(bool(record.get("text", "").strip()), f"{place}: the text is empty; add it or remove the line")
-        label = record.get("label")
-        known = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, "None": None}
-        require(str(label).strip() in known, f"{place}: the label is {label}; it must be 0 or 1")
-        yield record["text"], known[str(label).strip()]
+        text, label = record.get("text"), str(record.get("label")).strip()
+        require(bool(text and text.strip()), f"{place}: no text in a column 'text'; add it or remove the row")
+        require(label in known, f"{place}: the label is {label}; it must be 0 or 1")
+        yield text, known[label]
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
-    """(place, record) for each row of a parquet file with a column `text`, such as Yelp polarity's."""
+    """(place, record) for each row of a parquet file as Yelp polarity's, with line breaks and quotes escaped."""
     from pyarrow import parquet  # comes with datasets
 
     try:
-        rows = parquet.read_table(path).to_pylist()
+        columns = parquet.read_table(path, columns=["text", "label"]).to_pydict()
+        texts = [text.replace("\\n", "\n").replace('\\"', '"') for text in columns["text"]]
     except Exception as error:  # pyarrow raises many types for a file that is not parquet
         raise UserError(f"{path}: cannot be read as parquet ({first_line(error)}); give another file") from None
-    for n, row in enumerate(rows, start=1):
-        require(isinstance(row.get("text"), str), f"{path}, row {n}: no string in a column 'text'")
-        # Line breaks and quotes are escaped in Yelp's data.
-        yield f"{path}, row {n}", {**row, "text": row["text"].replace("\\n", "\n").replace('\\"', '"')}
+    for n, (text, label) in enumerate(zip(texts, columns["label"], strict=True), start=1):
+        yield f"{path}, row {n}", {"text": text, "label": label}
 
 
 def read_prefixes(path: str | None) -> list[str]:

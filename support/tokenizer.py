@@ -27,6 +27,7 @@ from support.files import DATA, atomic_file, write_atomically
 
 SPLITS = ("train", "val")
 FORMAT = 6  # raise it when the split or the tokenisation changes: texts are then converted again
+BLANKS = re.compile(r"(\s{1000})\s+")
 VOCABULARY = DATA / "gpt2.tiktoken"
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
@@ -34,13 +35,13 @@ VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838
 class Tokenizer(tiktoken.Encoding):
     """A tiktoken.Encoding that cuts runs of blanks to 1,000: half a million of them crash tiktoken."""
 
-    def encode_ordinary(self, text: str) -> list[int]:
-        """The token ids of the text."""
-        return super().encode_ordinary(re.sub(r"(\s{1000})\s+", r"\1", text))
-
     def encode(self, text: str, **special) -> list[int]:
-        """The token ids of the text; `special` is as in tiktoken."""
-        return super().encode(re.sub(r"(\s{1000})\s+", r"\1", text), **special)
+        """As tiktoken does."""
+        return super().encode(BLANKS.sub(r"\1", text), **special)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """As tiktoken does."""
+        return super().encode_ordinary(BLANKS.sub(r"\1", text))
 
 
 @lru_cache
@@ -53,16 +54,10 @@ def get_tokenizer(name: str = "gpt2") -> tiktoken.Encoding:
     vocabulary = VOCABULARY.read_bytes() if VOCABULARY.exists() else b""
     # One altered line would shift token ids without any error.
     intact = hashlib.sha256(vocabulary).hexdigest() == VOCABULARY_SHA256
-    remedy = "restore it with `git checkout -- data/gpt2.tiktoken`"
-    require(intact, f"{VOCABULARY}: missing or altered (wrong sha256); {remedy}")
+    require(intact, f"{VOCABULARY}: missing or altered; restore it with `git checkout -- data/gpt2.tiktoken`")
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, vocabulary.splitlines())}
-    return Tokenizer(
-        name="gpt2",
-        pat_str=r50k_pat_str,
-        mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": 50256},
-        explicit_n_vocab=50257,
-    )
+    special = {"<|endoftext|>": 50256}
+    return Tokenizer("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 
 def tokenise(documents: Iterable[str], tokenizer: tiktoken.Encoding, file: BinaryIO) -> Iterator[int]:

@@ -1,1 +1,0 @@
-"""What a course hands out with the assignment: configuration, data, checkpoints, screens."""

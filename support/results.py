@@ -1,0 +1,182 @@
+"""What generate.py and classify.py share: their arguments, and what they print, draw and write."""
+
+import csv
+import io
+import json
+import sys
+from argparse import SUPPRESS, Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import numpy as np
+import torch
+
+from support.checkpoint import TrainedModel, load_trained_model
+from support.data import Reviews
+from support.errors import ArgumentParser, UserError, first_line, positive_int
+from support.files import atomic_file, json_text, write_atomically
+from support.screen import bold, command, heading, show_facts, show_note, show_text
+from support.text import read_prefixes
+
+KINDS = ("without calibration", "with calibration")
+TEXT = "model.pt to use, or its folder (default: the newest in outputs/)"
+
+
+def model_arguments(description: str, batch_size: int) -> ArgumentParser:
+    """A parser with the arguments that say which model to use, how, and where its results go."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument("checkpoint", nargs="?", default=SUPPRESS, help=TEXT)
+    parser.add_argument("--checkpoint", metavar="PATH", help="the same as a flag")
+    parser.add_argument("--config", help="training YAML of the model; it is then <output_dir>/model.pt")
+    parser.add_argument("--device", default="auto", help="auto (default), cuda, mps or cpu, as in the YAML")
+    parser.add_argument("--batch_size", type=positive_int, default=batch_size, metavar="B", help="texts at once")
+    parser.add_argument("--out", metavar="FOLDER", help="where results are written (default: beside the model)")
+    return parser
+
+
+def load_model(args: Namespace) -> tuple[TrainedModel, Path]:
+    """The model that the arguments name, and the folder for its results; UserError if it cannot be written to."""
+    trained = load_trained_model(args.config, args.checkpoint, args.device)
+    folder = Path(args.out) if args.out else trained.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        problem = f"{folder}: results cannot be written there ({error.strerror})"
+        raise UserError(f"{problem}; name another folder with --out") from None
+    return trained, folder
+
+
+def prompt_groups(args: Namespace) -> Iterator[list[str]]:
+    """The prompts that are continued together: all of them, or each line of standard input as it comes."""
+    groups = [] if args.interactive else [args.prompt or read_prefixes(args.prefixes)]
+    if args.interactive:
+        groups = ([line.rstrip("\n")] for line in sys.stdin if line.strip())
+        if sys.stdin.isatty():
+            print("Type a prompt and press Enter; end with Ctrl-D (on Windows Ctrl-Z and Enter).")
+    for group in groups:
+        yield [prompt for prompt in group for _ in range(args.num_samples)]
+
+
+def show_generation_header(trained: TrainedModel, args: Namespace) -> None:
+    """Print which model generates, and how it samples."""
+    heading("generate")
+    names = ("temperature", "top_k", "top_p", "seed")
+    settings = [f"{name} {getattr(args, name):g}" for name in names if getattr(args, name) is not None]
+    sampling = ", ".join(settings) if args.temperature > 0 else "greedy (temperature 0)"
+    show_facts({**trained.facts(), "sampling": f"{sampling}, up to {args.max_new_tokens} new tokens"})
+    if args.temperature == 0 and (args.top_k or args.top_p or args.seed or args.num_samples > 1):
+        show_note("The flags of sampling have no effect at temperature 0; add --temperature 0.8, for example.")
+
+
+def show_texts(trained: TrainedModel, prompts: list[str], texts: list[str]) -> list[tuple[str, str]]:
+    """Print and return each prompt with its continuation."""
+    n_positions = trained.config.model_config.n_positions
+    for prompt, text in zip(prompts, texts, strict=True):
+        n_tokens = len(trained.tokenizer.encode_ordinary(prompt))
+        if n_tokens > n_positions:
+            show_note(f"A prompt of {n_tokens:,} tokens: the model reads the last {n_positions}.")
+        show_text(prompt, text)
+    return list(zip(prompts, texts, strict=True))
+
+
+def write_texts(trained: TrainedModel, folder: Path, pairs: list[tuple[str, str]], seconds: float) -> None:
+    """Write prompts and continuations to generation.jsonl; generating took `seconds`."""
+    records = [{"prefix": prompt, "generation": text} for prompt, text in pairs]
+    path = folder / "generation.jsonl"
+    write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    print(f"Next:\n  {command('generate.py', trained.path, '--interactive', '--temperature', 0.8)}")
+    print(f"  {command('classify.py', trained.path)}\n")
+    print(f"{len(pairs)} text{'s' * (len(pairs) != 1)} in {seconds:.1f} s, written to {path}")
+
+
+def show_classification_header(trained: TrainedModel, reviews: Reviews, template: str, labels: dict) -> None:
+    """Print which model classifies which reviews, and the prompt."""
+    heading("classify")
+    if reviews.note:
+        show_note(reviews.note)
+    facts = f"{reviews.name}: {len(reviews.texts)} of {reviews.n_total}"
+    if reviews.labels is None:
+        facts += ", without labels"
+    else:
+        n_positions = trained.config.model_config.n_positions
+        facts += f" that fit into {n_positions} tokens, {np.mean(reviews.labels):.1%} positive"
+    prompt = f"{template!r}, then {labels[1]!r} or {labels[0]!r}"
+    show_facts({**trained.facts(), "reviews": facts, "prompt": prompt})
+
+
+def report_classification(
+    trained: TrainedModel,
+    folder: Path,
+    reviews: Reviews,
+    p: torch.Tensor,
+    predictions: list[list[int]],
+    boundaries: list[float],
+    calibrate: bool,
+    seconds: float,
+) -> None:
+    """Print both accuracies; write classification.csv, .json and .png.
+
+    p (N,) is p(positive) of each review. `predictions` and `boundaries` are without and with calibration;
+    `calibrate` says which predictions are written; scoring took `seconds`.
+    """
+    p, boundary = p.numpy(), dict(zip(KINDS, boundaries, strict=True))
+    results = {"checkpoint": str(trained.path), "reviews": reviews.name, "n": len(p), "boundary": boundary}
+    table = {"row": reviews.rows, "text": reviews.texts, "p": p.tolist(), "prediction": predictions[calibrate]}
+    labels = None if reviews.labels is None else np.array(reviews.labels)
+    what, groups = "positive", {"all": p}
+    rates = [np.mean(np.array(predicted) == (1 if labels is None else labels)) for predicted in predictions]
+    if labels is not None:
+        what, groups = "accuracy", {"truly bad": p[labels == 0], "truly good": p[labels == 1]}
+        table["label"] = reviews.labels
+        results["accuracy"] = dict(zip(KINDS, rates, strict=True))
+        results["majority-share"] = max(labels.mean(), 1 - labels.mean())
+        results["auc"] = area_under_roc(p, labels)
+    for rate, kind in zip(rates, KINDS, strict=True):
+        print("  " + bold(f"{rate:6.1%}") + f"  {what} {kind}, boundary {boundary[kind]:.4f}")
+    if labels is not None:
+        print(f"  {0.5:6.1%}  a coin flip\n  {results['majority-share']:6.1%}  always this set's majority class")
+        print(f"  {results['auc']:6.3f}  AUC: 0.5 is chance, 1 ranks every positive above every negative")
+
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([table, *zip(*table.values(), strict=True)])
+    write_atomically(folder / "classification.csv", file.getvalue())
+    write_atomically(folder / "classification.json", json_text({**results, "predictions": KINDS[calibrate]}))
+    try:
+        plot_histogram(groups, boundary, f"{trained.path}, {reviews.name}", folder / "classification.png")
+    except Exception as error:  # no matplotlib, for example: no reason to lose the rest
+        show_note(f"Could not draw classification.png: {first_line(error)}")
+    print(f"\nNext:\n  {command('classify.py', trained.path, '--calibrate', '--data', 'my_reviews.csv')}\n")
+    print(f"{len(p)} reviews in {seconds:.1f} s, written to {folder / 'classification'}.csv, .json, .png")
+
+
+def area_under_roc(p: np.ndarray, labels: np.ndarray) -> float:
+    """The probability that a random positive has a larger p than a random negative; ties count half.
+
+    p and labels (0 or 1) have shape (N,). NaN if a class is missing. This is the Mann-Whitney statistic.
+    """
+    positive, negative = p[labels == 1], np.sort(p[labels == 0])
+    if not (len(positive) and len(negative)):
+        return float("nan")
+    smaller, not_larger = (np.searchsorted(negative, positive, side) for side in ("left", "right"))
+    return float((smaller + not_larger).mean() / (2 * len(negative)))
+
+
+def plot_histogram(groups: dict[str, np.ndarray], boundaries: dict[str, float], title: str, path: Path) -> None:
+    """Plot how p(positive) is distributed in each group of texts, with the decision boundaries."""
+    from matplotlib.figure import Figure  # not pyplot, which looks for a display
+
+    figure = Figure((8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    everything = np.concatenate(list(groups.values()))
+    bins = np.linspace(everything.min(), everything.max() + 1e-6, 41)
+    for (name, values), colour in zip(groups.items(), ("#c2513c", "#2f8f6b"), strict=False):
+        axes.hist(values, bins, color=colour, alpha=0.55, label=f"{name} ({len(values)} texts)")
+    for (name, boundary), line in zip(boundaries.items(), (":", "--"), strict=True):
+        axes.axvline(boundary, color="#333333", linestyle=line, label=f"boundary {name} = {boundary:.3f}")
+    axes.set(xlabel='p(positive): share of " good" against " bad" as the next token', ylabel="texts", title=title)
+    axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(frameon=False, loc="upper left")
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=130)
