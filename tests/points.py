@@ -63,7 +63,7 @@ class Tally:
         self.outcomes = {}  # node id -> "passed", "failed" or "skipped"
         self.messages = {}  # node id -> first line of the failure
         self.deselected = set()  # groups with deselected tests
-        self.hung = set()  # files with a test that did not end
+        self.seconds = CPU_SECONDS_PER_TEST
         self.broken = {}  # test file that could not be loaded -> the reason, with file and line
 
     @pytest.hookimpl(tryfirst=True)
@@ -110,18 +110,15 @@ class Tally:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
-        file = item.path.name
-        if file not in FILES or not hasattr(signal, "SIGVTALRM"):  # Windows has none
+        if item.path.name not in FILES or not hasattr(signal, "SIGVTALRM"):  # Windows has none
             return (yield)
-        # After a test that did not end, the other tests of its file get less time.
-        seconds = CPU_SECONDS_PER_TEST / (10 if file in self.hung else 1)
 
         def stop(*_):
-            self.hung.add(file)
-            raise AssertionError(f"no result after {seconds:g} s: is there an endless loop?")
+            self.seconds = CPU_SECONDS_PER_TEST / 10  # the next ones may hang, too
+            raise AssertionError(f"no result after {CPU_SECONDS_PER_TEST:g} s: is there an endless loop?")
 
         before = signal.signal(signal.SIGVTALRM, stop)
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        signal.setitimer(signal.ITIMER_VIRTUAL, self.seconds)
         try:
             return (yield)
         finally:

@@ -64,9 +64,7 @@ class PlainLM(nn.Module):
 
     def __init__(self, n_vocab, n_embd, n_head, n_positions, n_layer, p_dropout=0.1):
         super().__init__()
-        self.n_vocab, self.n_embd, self.n_head = n_vocab, n_embd, n_head
-        self.n_positions, self.n_layer, self.p_dropout = n_positions, n_layer, p_dropout
-        self.flops_per_token = 1
+        self.n_vocab, self.n_embd, self.n_positions, self.n_layer = n_vocab, n_embd, n_positions, n_layer
         self.token_embeddings = nn.Embedding(n_vocab, n_embd)
         self.position_embeddings = nn.Embedding(n_positions, n_embd)
         self.blocks = nn.ModuleList(Mixer(n_embd, p_dropout) for _ in range(n_layer))
@@ -76,8 +74,8 @@ class PlainLM(nn.Module):
     def embed(self, input_ids, attention_mask=None):
         if input_ids.shape[1] > self.n_positions:
             raise ValueError(f"{input_ids.shape[1]} tokens are more than n_positions = {self.n_positions}")
-        positions = self.position_embeddings(position_ids(input_ids, attention_mask))
-        return self.dropout(self.token_embeddings(input_ids) + positions)
+        positions = position_ids(input_ids, attention_mask)
+        return self.dropout(self.token_embeddings(input_ids) + self.position_embeddings(positions))
 
     def hidden_states(self, input_ids, attention_mask=None):
         x = self.embed(input_ids, attention_mask)

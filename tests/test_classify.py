@@ -84,16 +84,6 @@ class TestMoreOfScore:
         what, hint = f"model.training after score, {mode} mode before", "put the model back into its mode"
         check_equal(model.training, mode == "training", what, hint=hint)
 
-    def test_a_model_in_double_precision(self, lm, score, ids_of):
-        right = last_logits(lm, ids_of(TEXTS))
-        check_close(score(lm.double(), TEXTS, 2), right, "score of a model in double precision", atol=ATOL)
-
-    def test_autocast(self, lm, score, ids_of):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = score(lm, TEXTS, 2)
-        right = last_logits(lm, ids_of(TEXTS))
-        check_close(got, right, "score under bfloat16 autocast", atol=1.0, rtol=0.1)  # 8 bits of each product
-
 
 # --- classify_binary_sentiment ---
 
@@ -169,10 +159,6 @@ class TestMoreOfClassifyBinarySentiment:
         check_labels(logits_for([0.8] * 5), True, [0] * 5, "p(positive) 0.8 five times", mistakes.EQUAL_ROWS)
         logits, what = logits_for([0.7, 0.3, 0.7, 0.7]), "p(positive) 0.7, 0.3, 0.7, 0.7"
         check_labels(logits, True, [0] * 4, what, mistakes.MOSTLY_EQUAL_ROWS)
-
-    def test_labels_are_plain_integers(self):
-        got = classify.classify_binary_sentiment(logits_for([0.9, 0.2]), [NEGATIVE, POSITIVE])
-        check_equal((type(got), [type(label) for label in got]), (list, [int, int]), "types of the labels")
 
     def test_template_and_labels(self):
         assert "{text}" in classify.YELP_TEMPLATE, "YELP_TEMPLATE: expected a place {text} for the review"

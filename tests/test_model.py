@@ -83,10 +83,10 @@ class TestQKTV:
     def test_each_projection_has_its_own_weights(self, mha):
         x = torch.randn(B, S, D)
         q, kT, v = mha.q_kT_v(x)
-        check_close(q, split_heads(mha.q_attn(x), H), "q of random weights", mistakes.projected(mha, x, "q"))
+        check_close(q, split_heads(mha.q_attn(x), H), "q of random weights", mistakes.projected(mha, x, "q", H))
         k = kT.transpose(2, 3)
-        check_close(k, split_heads(mha.k_attn(x), H), "k of random weights", mistakes.projected(mha, x, "k"))
-        check_close(v, split_heads(mha.v_attn(x), H), "v of random weights", mistakes.projected(mha, x, "v"))
+        check_close(k, split_heads(mha.k_attn(x), H), "k of random weights", mistakes.projected(mha, x, "k", H))
+        check_close(v, split_heads(mha.v_attn(x), H), "v of random weights", mistakes.projected(mha, x, "v", H))
 
 
 # --- self_attention, projection and forward of MultiHeadAttention ---

@@ -4,6 +4,10 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+
+IDENTITY = nn.Identity()
 
 
 def split_heads(x, n_head):
@@ -66,12 +70,12 @@ def values(q, k, v, n_head):
     }
 
 
-def projected(mha, x, name):
+def projected(mha, x, name, n_head):
     """name: "q", "k" or "v"."""
     layers = {"q": mha.q_attn, "k": mha.k_attn, "v": mha.v_attn}
     wrong = {f"{other}_attn used for {name}": layers[other](x) for other in layers if other != name}
     wrong[f"the bias of {name}_attn is left out"] = layers[name](x) - layers[name].bias
-    return {text: split_heads(value, mha.n_head) for text, value in wrong.items()}
+    return {text: split_heads(value, n_head) for text, value in wrong.items()}
 
 
 # --- self_attention, projection, forward ---
@@ -181,9 +185,6 @@ def block_outputs(block, x, mask=None):
         y = norm_1(x + mha(x))
         return norm_2(y + ff(y))
 
-    def identity(x):
-        return x
-
     added = x + mha(ln_1(x))
     wrong = {
         "no residual connection around the attention": mha(ln_1(x)) + ff(ln_2(mha(ln_1(x)))),
@@ -200,11 +201,11 @@ def block_outputs(block, x, mask=None):
             (y := ln_1(x) + mha(ln_1(x))) + ff(ln_2(y))
         ),
         "LayerNorm on the residual stream: x is replaced by ln_2(x)": ln_2(added) + ff(ln_2(added)),
-        "no LayerNorm at all": pre(identity, identity),
-        "no LayerNorm before the attention": pre(norm_1=identity),
-        "no LayerNorm before the feed-forward": pre(norm_2=identity),
-        "no LayerNorm after the attention": post(norm_1=identity),
-        "no LayerNorm after the feed-forward": post(norm_2=identity),
+        "no LayerNorm at all": pre(IDENTITY, IDENTITY),
+        "no LayerNorm before the attention": pre(norm_1=IDENTITY),
+        "no LayerNorm before the feed-forward": pre(norm_2=IDENTITY),
+        "no LayerNorm after the attention": post(norm_1=IDENTITY),
+        "no LayerNorm after the feed-forward": post(norm_2=IDENTITY),
         "ln_1 in both places": pre(norm_2=ln_1),
         "ln_2 in both places": pre(norm_1=ln_2),
         "ln_1 in both places (post-LN)": post(norm_2=ln_1),
@@ -264,12 +265,11 @@ def initial_std(smaller, n_layer, fan_in):
 def logits(lm, ids, mask=None):
     """The right logits of a model with these parts, and those of common mistakes in putting them together."""
 
-    def through(blocks=lm.blocks, ids=ids, embed_mask=mask, block_mask=mask, before=None, after=lm.ln):
-        x = lm.embed(ids, embed_mask)
-        x = x if before is None else before(x)
+    def through(blocks=lm.blocks, embed_mask=mask, block_mask=mask, before=IDENTITY, after=lm.ln):
+        x = before(lm.embed(ids, embed_mask))
         for block in blocks:
             x = block(x, block_mask)
-        return lm.token_logits(x if after is None else after(x))
+        return lm.token_logits(after(x))
 
     wrong = {
         "the blocks are skipped": through([]),
@@ -278,11 +278,9 @@ def logits(lm, ids, mask=None):
         "each block is applied twice": through([block for block in lm.blocks for _ in range(2)]),
         "the first block is applied in place of the others": through([lm.blocks[0]] * len(lm.blocks)),
         "the blocks are applied in reverse order": through(list(lm.blocks)[::-1]),
-        "the final ln is skipped": through(after=None),
-        "ln comes before the blocks, it must come after them": through(before=lm.ln, after=None),
+        "the final ln is skipped": through(after=IDENTITY),
+        "ln comes before the blocks, it must come after them": through(before=lm.ln, after=IDENTITY),
         "ln before the blocks and after them": through(before=lm.ln),
-        "scaled by sqrt(D)": through() * lm.token_embeddings.weight.shape[1] ** 0.5,
-        "divided by sqrt(D)": through() / lm.token_embeddings.weight.shape[1] ** 0.5,
         "probabilities, not logits": through().softmax(-1),
     }
     if mask is None:
