@@ -53,18 +53,19 @@ AFTER_THE_END = {  # steps 12, 13, 20, 60
 # --- compute_language_modeling_loss ---
 
 
+def costs(input_ids, logits, offset=1):
+    """Of each position s the nats it costs to predict the token at s + offset: (B, S - |offset|)."""
+    S, nats = input_ids.shape[1], -logits.log_softmax(-1)
+    positions = [s for s in range(S) if 0 <= s + offset < S]
+    return torch.stack([nats[:, s].gather(1, input_ids[:, [s + offset]])[:, 0] for s in positions], dim=1)
+
+
 def loss(input_ids, logits):
     B, S = input_ids.shape
-
-    def costs(offset, logits=logits):
-        """Of each position s the nats it costs to predict the token at s + offset: (B, S - |offset|)."""
-        nats, positions = -logits.log_softmax(-1), [s for s in range(S) if 0 <= s + offset < S]
-        return torch.stack([nats[:, s].gather(1, input_ids[:, [s + offset]])[:, 0] for s in positions], dim=1)
-
-    right, after_the_end = costs(1), -logits[:, -1].log_softmax(-1)
+    right, after_the_end = costs(input_ids, logits), -logits[:, -1].log_softmax(-1)
     return {
-        "logits and labels not shifted: each token predicts itself": costs(0).mean(),
-        "shifted the wrong way: each token predicts the one before": costs(-1).mean(),
+        "logits and labels not shifted: each token predicts itself": costs(input_ids, logits, 0).mean(),
+        "shifted the wrong way: each token predicts the one before": costs(input_ids, logits, -1).mean(),
         "summed, not averaged": right.sum(),
         "divided by B·S, though there are B·(S - 1) predictions": right.sum() / (B * S),
         "divided by B only": right.sum() / B,
@@ -77,7 +78,7 @@ def loss(input_ids, logits):
             torch.cat([right, after_the_end.gather(1, input_ids[:, :1])], dim=1).mean()
         ),
         "in bits, not in nats": right.mean() / math.log(2),
-        "softmax before the cross entropy, which has one inside": costs(1, logits.softmax(-1)).mean(),
+        "softmax before the cross entropy, which has one inside": costs(input_ids, logits.softmax(-1)).mean(),
         "the wrong sign": -right.mean(),
     }
 
