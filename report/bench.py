@@ -1,18 +1,16 @@
 """Speed of training, generation and scoring, beside the plain code and GPT2LMHeadModel of transformers.
 
-    python report/bench.py                           # on a CPU
-    python report/bench.py --only train --quick      # one part, one repetition
+    python report/bench.py                           # on a CPU; also --quick, --only train
     python report/bench.py --device cuda --quick     # on a GPU: at most 150 seconds
     python report/bench.py --tiny                    # seconds: small models, to try this script
 
-It prints Markdown tables. The contenders do the same work with as many parameters, in the same precision:
+The contenders do the same work with as many parameters, in the same precision:
 
-- train.py, generate.py: what these commands do on this device, with their loss and their decoder;
-- plain: the definition of the loss from all logits, and generate() without a decoder, which recomputes everything;
-- transformers: GPT-2 with SDPA, its own loss and its own cache; left out where transformers is not installed.
+- train.py, generate.py: with the loss and the decoder that these commands choose on this device;
+- plain: with the definition of the loss, and a loop that computes everything again for each token;
+- transformers: GPT-2 with SDPA, its own loss and its own cache, where transformers is installed.
 
-"% of products" compares the FLOPs of a step (the formula in model.py) with the rate of one large matrix product in
-the same run. Figures are medians; on a machine with other load, run it twice.
+"% of products": the FLOPs of a step, by the formula in model.py, against the rate of one large matrix product.
 """
 
 import argparse
@@ -25,13 +23,13 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,10 +37,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classify import score  # noqa: E402
 from generate import generate  # noqa: E402
 from model import DecoderLM  # noqa: E402
+from support.chunked_loss import PlainLoss, choose_loss, compiled  # noqa: E402
+from support.decoding import CachedDecoder, score_by_length  # noqa: E402
+from support.device import choose_device  # noqa: E402
 
 STARTED, QUICK_SECONDS = time.monotonic(), 100  # after these, a quick bench compiles nothing more
 CONTENDERS = ["plain", "train.py"] + ["transformers"] * (importlib.util.find_spec("transformers") is not None)
-N_VOCAB, EOT, WORD = 50257, 50256, 262
+N_VOCAB, EOT, WORD = 50257, 50256, 262  # GPT-2's, and any token
 
 
 def shape(n_embd, n_head, n_positions, n_layer, batch_size, p_dropout=0.1) -> SimpleNamespace:
@@ -52,27 +53,15 @@ def shape(n_embd, n_head, n_positions, n_layer, batch_size, p_dropout=0.1) -> Si
 
 
 SHAPES = {"GPT-tiny": shape(32, 2, 128, 2, 32), "d256": shape(256, 8, 256, 4, 16)}
-SHAPES_BY_DEVICE = {
-    "cpu": {**SHAPES, "d512": shape(512, 8, 256, 8, 8)},
-    "cuda": {**SHAPES, "final-1e17": shape(256, 8, 256, 8, 64, 0.0)},
-}
-TOKENIZER = SimpleNamespace(  # its texts are ids, so that a prompt has the length that is wanted
-    encode_ordinary=lambda text: [int(word) for word in text.split()],
-    decode=lambda ids: " ".join(map(str, ids)),
-    eot_token=EOT,
-    n_vocab=N_VOCAB,
-)
+LARGEST = {"cpu": {"d512": shape(512, 8, 256, 8, 8)}, "cuda": {"final-1e17": shape(256, 8, 256, 8, 64, 0.0)}}
+TOKENIZER = SimpleNamespace(eot_token=EOT, n_vocab=N_VOCAB)  # its texts are ids: a prompt has the length wanted
+TOKENIZER.encode_ordinary = lambda text: [int(word) for word in text.split()]
+TOKENIZER.decode = lambda ids: " ".join(map(str, ids))
 
 
-def plain_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """compute_language_modeling_loss(input_ids, model(input_ids))"""
-    return F.cross_entropy(model(input_ids)[:, :-1].flatten(end_dim=1), input_ids[:, 1:].flatten())
-
-
-def uncut_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """The same, without logits that are cut off again: that would copy all the others, forward and backward."""
-    logits = model.token_logits(model.hidden_states(input_ids)[:, :-1])  # (B, S - 1, V)
-    return F.cross_entropy(logits.flatten(end_dim=1).float(), input_ids[:, 1:].flatten())
+def definition(input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """compute_language_modeling_loss of train.py, which needs wandb to be imported."""
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(end_dim=1), input_ids[:, 1:].flatten())
 
 
 def transformers_model(shape: SimpleNamespace) -> nn.Module:
@@ -86,42 +75,36 @@ def transformers_model(shape: SimpleNamespace) -> nn.Module:
     return model
 
 
-class Trainer:
-    """A contender's model, loss and optimizer; each call is a training step on the same batch."""
+def training_step(contender: str, shape: SimpleNamespace, hardware) -> Callable[[], None]:
+    """A step of the contender's model, loss and optimizer, always on the same batch."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()  # else a later model is compiled for unknown sizes, and slower
+    device, (kind, _, suffix) = hardware.device, contender.partition(", ")
+    input_ids = torch.randint(N_VOCAB, shape.rows).to(device)
+    if kind == "transformers":
+        model = transformers_model(shape).to(device)
+        forward = torch.compile(model) if suffix else model
+        loss_fn = lambda ids: forward(ids, labels=ids).loss  # noqa: E731
+    else:
+        model = DecoderLM(N_VOCAB, **shape.model_config, p_dropout=shape.p_dropout).to(device)
+        loss_fn = PlainLoss(model, definition) if kind == "plain" else choose_loss(model, definition, device)
+        loss_fn = compiled(loss_fn, device) if suffix else loss_fn
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=hardware.fused)
 
-    def __init__(self, contender: str, shape: SimpleNamespace, hardware):
-        torch.manual_seed(0)
-        torch._dynamo.reset()  # else a later model is compiled for unknown sizes, and slower
-        kind, _, compiled = contender.partition(", ")
-        self.autocast, device = hardware.autocast, hardware.device
-        self.input_ids = torch.randint(N_VOCAB, shape.rows).to(device)
-        if kind == "transformers":
-            self.model = transformers_model(shape).to(device)
-            forward = torch.compile(self.model) if compiled else self.model
-            self.loss = lambda ids: forward(ids, labels=ids).loss
-        else:
-            self.model = DecoderLM(N_VOCAB, **shape.model_config, p_dropout=shape.p_dropout).to(device)
-            self.loss = partial(plain_loss if kind == "plain" else uncut_loss, self.model)
-            if kind == "train.py" and device.type == "cpu":
-                from support.chunked_loss import ChunkedLanguageModelingLoss
-
-                self.loss = ChunkedLanguageModelingLoss(self.model)
-            elif compiled:
-                self.loss = torch.compile(self.loss, options={"shape_padding": False})  # padding copies logits
-        self.model.train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=hardware.fused)
-
-    def __call__(self) -> None:
-        self.optimizer.zero_grad()
-        with self.autocast():
-            loss = self.loss(self.input_ids)
+    def step() -> None:
+        optimizer.zero_grad()
+        with hardware.autocast():
+            loss = loss_fn(input_ids)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
 
 
 def median_seconds(function, device: torch.device, repetitions: int, calls: int = 1) -> float:
-    """Of one call. It has been called before, to warm up or to compile."""
+    """Of one call."""
     wait, times = torch.get_device_module(device).synchronize, []
     for _ in range(repetitions):
         wait()
@@ -137,31 +120,29 @@ def product_rate(hardware) -> float:
     """FLOP/s of one large matrix product in the precision of training."""
     size = 8192 if hardware.device.type == "cuda" else 2048
     a = torch.randn(size, size, device=hardware.device, dtype=hardware.dtype)
-    a @ a
     return 2 * size**3 / median_seconds(lambda: a @ a, hardware.device, 5, 4)
 
 
 def measure_training(contender: str, shape: SimpleNamespace, hardware, repetitions: int) -> list[float]:
-    """ms of a step, tokens/s, TFLOPS, and the peak of memory in GB: on a GPU of the tensors, and of what the
-    allocator reserved for them; on a CPU of this whole process, which should be a fresh one.
+    """ms of a step, tokens/s, TFLOPS, and peak memory in GB: of the tensors and of what the allocator reserved for
+    them or, on a CPU, of this process.
     """
     device, on_gpu = hardware.device, hardware.device.type == "cuda"
     if on_gpu:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    step = Trainer(contender, shape, hardware)
+    step = training_step(contender, shape, hardware)
     for _ in range(3 if on_gpu else 1):
         step()
-    seconds = median_seconds(step, device, repetitions, 10 if on_gpu else 1)
-    n_tokens = step.input_ids.numel()
+    seconds, n_tokens = median_seconds(step, device, repetitions, 10 if on_gpu else 1), math.prod(shape.rows)
     flops = DecoderLM(N_VOCAB, **shape.model_config).flops_per_token * n_tokens
     if on_gpu:
         memory = [torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)]
-    elif sys.platform == "darwin":
-        memory = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]
-    else:  # not ru_maxrss, which starts at the parent's
+    elif sys.platform == "linux":  # where ru_maxrss starts at the parent's
         memory = [1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])]
+    else:
+        memory = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]
     return [1e3 * seconds, n_tokens / seconds, flops / seconds / 1e12, *(n / 1e9 for n in memory)]
 
 
@@ -180,21 +161,16 @@ def bench_training(args: argparse.Namespace, hardware) -> None:
             if on_gpu:
                 row = measure_training(contender, args.shapes[name], hardware, args.repetitions)
             else:
-                command = [sys.executable, __file__, *args.options, "--one", name, contender]
+                options = ["--quick"] * args.quick + ["--tiny"] * args.tiny + ["--one", name, contender]
+                command = [sys.executable, __file__, *options]
                 row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            print_row(f"{name}, {contender}", *row, 1e14 * row[2] / rate)
         except Exception as error:  # out of memory, no compiler: the other contenders' figures are still of use
             print(f"{name}, {contender}: failed, {type(error).__name__}: {error}"[:300], flush=True)
-            continue
-        print_row(f"{name}, {contender}", *row, 1e14 * row[2] / rate)
 
 
 def bench_generation(args: argparse.Namespace, hardware) -> None:
-    """Greedy. At its initial weights, a model repeats its last token, so that no text ends early."""
-    try:
-        from support.decoding import CachedDecoder
-    except ImportError:  # generate() still has its decoder inside
-        CachedDecoder = None
-
+    """Greedy. At its initial weights, a model repeats its last token: no text ends early."""
     n_prompt, n_new = (8, 4) if args.tiny else (64, 128)
     print(f"\nGreedy generation, d256, {n_prompt} + {n_new} tokens\n")
     print_header("ms/step", "ms/token")
@@ -209,9 +185,9 @@ def bench_generation(args: argparse.Namespace, hardware) -> None:
             options = {"attention_mask": torch.ones_like(input_ids), "do_sample": False, "pad_token_id": EOT}
             gpt2.generate(input_ids, max_new_tokens=n, **options)
         else:
+            decoder = CachedDecoder(model) if contender == "train.py" else None
             prompts = [f"{WORD} " * n_prompt] * B
-            options = {"next_token_logits": CachedDecoder(model)} if CachedDecoder and contender == "train.py" else {}
-            generate(model, device, TOKENIZER, prompts, B, n, **options)
+            generate(model, device, TOKENIZER, prompts, B, n, next_token_logits=decoder)
 
     for contender in CONTENDERS:
         for B in (1, 8):
@@ -222,19 +198,17 @@ def bench_generation(args: argparse.Namespace, hardware) -> None:
 
 def bench_scoring(args: argparse.Namespace, hardware) -> None:
     """Texts of 20 to 250 tokens, the logarithm of the length uniform: most reviews are short."""
-    from support.decoding import score_by_length
-
     n_texts, low, high = (8, 2, 10) if args.tiny else (1000, 20, 250)
     torch.manual_seed(0)
     model = DecoderLM(N_VOCAB, **args.shapes["d256"].model_config).to(hardware.device).eval()
     trained = SimpleNamespace(model=model, device=hardware.device, tokenizer=TOKENIZER)
-    lengths = torch.empty(n_texts).uniform_(math.log(low), math.log(high)).exp().round().int().tolist()
-    texts = [f"{WORD} " * length for length in lengths]
-    print(f"\nNext-token scores, d256, {n_texts} texts of {sum(lengths) / n_texts:.0f} tokens on average\n")
+    lengths = torch.empty(n_texts).uniform_(math.log(low), math.log(high)).exp().int()
+    texts = [f"{WORD} " * length for length in lengths.tolist()]
+    print(f"\nNext-token scores, d256, {n_texts} texts of {lengths.float().mean():.0f} tokens on average\n")
     print_header("seconds", "texts/s")
-    run = partial(score_by_length, score, trained, batch_size=16, tokens=[0, 1])
-    run(texts[:16])
-    seconds = median_seconds(partial(run, texts), hardware.device, args.repetitions)
+    score_by_length(score, trained, texts[:16], 16, [0, 1])
+    run = partial(score_by_length, score, trained, texts, 16, [0, 1])
+    seconds = median_seconds(run, hardware.device, args.repetitions)
     print_row("classify.py, batches of 16", seconds, n_texts / seconds)
 
 
@@ -244,15 +218,12 @@ def print_header(*columns: str) -> None:
 
 
 def print_row(label: str, *values: float) -> None:
-    """At once: a bench that is stopped has then shown what it knew."""
     cells = (f"{value:,.0f}" if value >= 100 else f"{value:#.3g}" for value in values)
     print(f"| {label:32} | " + " | ".join(f"{cell:>13}" for cell in cells) + " |", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure what the module's docstring lists."""
-    from support.device import choose_device
-
     parts = {"generate": bench_generation, "score": bench_scoring, "train": bench_training}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:1")
@@ -262,21 +233,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
 
-    hardware = choose_device(args.device)
-    args.options = ["--quick"] * args.quick + ["--tiny"] * args.tiny
-    args.repetitions = 1 if args.quick or args.tiny else 3
-    args.shapes = SHAPES_BY_DEVICE[hardware.device.type]
-    if args.tiny:
-        args.shapes = {"d256": shape(8, 2, 16, 1, 2)}
+    args.repetitions, hardware = 1 if args.quick or args.tiny else 3, choose_device(args.device, training=True)
+    args.shapes = {"d256": shape(8, 2, 16, 1, 2)} if args.tiny else SHAPES | LARGEST[hardware.device.type]
     if args.one:
-        name, contender = args.one
-        return print(json.dumps(measure_training(contender, args.shapes[name], hardware, args.repetitions)))
+        values = measure_training(args.one[1], args.shapes[args.one[0]], hardware, args.repetitions)
+        return print(json.dumps(values))
 
-    threads = f"; {torch.get_num_threads()} threads" if hardware.device.type == "cpu" else ""
-    print(f"{hardware}{threads}; PyTorch {torch.__version__}")
+    print(f"{hardware}; {torch.get_num_threads()} CPU threads; PyTorch {torch.__version__}")
     for name, bench in parts.items():
         if args.only in (None, name):
-            bench(args, hardware)
+            bench(args, choose_device(args.device, training=name == "train"))
     print(f"\n{time.monotonic() - STARTED:.0f} s in all")
 
 
