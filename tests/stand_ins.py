@@ -48,15 +48,14 @@ def use_right_embed(lm: DecoderLM) -> DecoderLM:
 class Mixer(nn.Module):
     """Adds to each real token something that depends on it and the real tokens before it."""
 
-    def __init__(self, n_embd: int, p_dropout: float):
+    def __init__(self, n_embd: int):
         super().__init__()
         self.linear = nn.Linear(2 * n_embd, n_embd)
-        self.dropout = nn.Dropout(p_dropout)
 
     def forward(self, x, attention_mask=None):
         mask = torch.ones_like(x[..., :1]) if attention_mask is None else attention_mask[..., None].to(x.dtype)
         mean = (x * mask).cumsum(dim=1) / mask.cumsum(dim=1).clamp(min=1)
-        return x + 3 * self.dropout(torch.tanh(self.linear(torch.cat([x, mean], dim=-1))))
+        return x + 3 * torch.tanh(self.linear(torch.cat([x, mean], dim=-1)))
 
 
 class PlainLM(nn.Module):
@@ -67,7 +66,7 @@ class PlainLM(nn.Module):
         self.n_vocab, self.n_embd, self.n_positions, self.n_layer = n_vocab, n_embd, n_positions, n_layer
         self.token_embeddings = nn.Embedding(n_vocab, n_embd)
         self.position_embeddings = nn.Embedding(n_positions, n_embd)
-        self.blocks = nn.ModuleList(Mixer(n_embd, p_dropout) for _ in range(n_layer))
+        self.blocks = nn.ModuleList(Mixer(n_embd) for _ in range(n_layer))
         self.ln = nn.LayerNorm(n_embd)
         self.dropout = nn.Dropout(p_dropout)
 
