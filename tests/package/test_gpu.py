@@ -6,13 +6,13 @@ import signal
 
 import pytest
 import torch
-from support.device import batches_on, choose_device
 from tiny_run import TinyRun, at_batches
 
 import train
 from generate import generate
 from model import DecoderLM
 from support.chunked_loss import ChunkedLanguageModelingLoss
+from support.device import batches_on, choose_device
 from support.errors import UserError
 
 V, P = 5003, 32
