@@ -253,6 +253,14 @@ class TestMoreOfGenerate:
         with_constant_logits(lm, {tokenizer.eot_token: 5.0, ord("a"): 0.0})
         check_equal(generate_texts(PREFIXES, batch_size=3), [""] * 5, "texts where <|endoftext|> comes first")
 
+    def test_sampled_rows_end_at_endoftext(self, lm, generate_texts, tokenizer):
+        with_constant_logits(lm, {tokenizer.eot_token: 0.0, ord("a"): 0.0})
+        texts = generate_texts(["x", "longer"] * 200, 50, temperature=1.0)
+        hint = "a row ends at its first <|endoftext|>, whatever is drawn after it"
+        # 400 draws with p = 1/2: 200 with sigma 10, 5 sigma = 50
+        what = "number of empty texts of 400, <|endoftext|> with probability 1/2"
+        check_close(texts.count(""), 200, what, hint=hint, atol=50)
+
     @pytest.mark.parametrize("mode", ["training", "evaluation"])
     def test_dropout_is_off_and_the_mode_restored(self, make_lm, generate_texts, check_greedy, mode):
         model = make_lm(p_dropout=0.5).train(mode == "training")
