@@ -1,6 +1,5 @@
 """Checkpoints: what loads, what is refused in one sentence, and that a failed write leaves the former file."""
 
-import copy
 import io
 import json
 import math
@@ -12,12 +11,13 @@ import zipfile
 import pytest
 import torch
 import yaml
-from tiny_run import KEYS, TinyRun, assert_refused, at_batches, files, status
+from tiny_run import KEYS, TinyRun, assert_refused, at_batches, files
 
 import classify
 import generate
 import train
 from model import DecoderLM
+from support.checkpoint import load_trained_model
 from support.files import atomic_file
 
 V, SHAPE = 50257, KEYS["model_config"]
@@ -43,12 +43,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def greedy_text(folder) -> str:
-    """What generate.py writes for one prompt."""
-    assert status(generate, "model.pt", "--prompt", "It is", "--max_new_tokens", 3) == 0
-    return json.loads((folder / "generation.jsonl").read_text())["generation"]
-
-
 # --- checkpoints that are refused ------------------------------------------------------------------------
 
 
@@ -72,9 +66,8 @@ def damaged_checkpoints(original) -> dict[str, tuple[bytes, list[str]]]:
     """{kind of file: (its content, words of the message)}."""
     state, whole = original.state_dict(), to_bytes(original.state_dict())
     flipped = bytearray(whole)
-    flipped[whole.find(state["token_embeddings.weight"].numpy().tobytes()[4000:4016])] ^= (
-        1  # torch.load is content
-    )
+    values = state["token_embeddings.weight"].numpy().tobytes()
+    flipped[whole.find(values[4000:4016])] ^= 1  # torch.load does not mind
     bomb = rezipped(whole, lambda name, data: pickle.dumps(Bomb()) if name.endswith("data.pkl") else data)
 
     def changed(**changes):
@@ -91,9 +84,10 @@ def damaged_checkpoints(original) -> dict[str, tuple[bytes, list[str]]]:
         "whole model": (to_bytes({"model": original}), []),
         "another zip": (rezipped(whole, lambda name, data: os.urandom(len(data))), []),
         "wrong shape": (changed(ln__weight=torch.ones(9)), ["ln.weight"]),
-        "other n_positions": (to_bytes(DecoderLM(V, 8, 2, 32, 1).state_dict()), ["n_positions", "32", "16"]),
-        "other n_embd": (to_bytes(DecoderLM(V, 4, 2, 16, 1).state_dict()), ["n_embd", "4", "8"]),
-        "other n_head": (to_bytes(DecoderLM(V, 8, 4, 16, 1).state_dict()), ["n_head", "4", "2"]),
+        "other n_positions": (to_bytes(DecoderLM(V, 8, 2, 32, 1).state_dict()), ["n_positions", "32"]),
+        "other n_embd": (to_bytes(DecoderLM(V, 4, 2, 16, 1).state_dict()), ["n_embd", "4"]),
+        "other n_head": (to_bytes(DecoderLM(V, 8, 4, 16, 1).state_dict()), ["n_head", "4"]),
+        "more layers": (to_bytes(DecoderLM(V, 8, 2, 16, 3).state_dict()), ["n_layer", "3"]),
         "missing": (to_bytes({k: t for k, t in state.items() if k != "ln.weight"}), ["ln.weight"]),
         "unknown": (changed(extra=torch.ones(1)), ["extra"]),
         "no tensor": (changed(ln__weight="ones"), ["ln.weight"]),
@@ -111,20 +105,12 @@ def test_damaged_and_foreign_checkpoints_are_refused(folder, capsys, original):
     assert (folder / "code_ran").exists(), "the bomb would not have gone off"
 
 
-@pytest.mark.parametrize("change", [{"n_layer": 10**8}, {"n_embd": 10**6}, {"n_positions": 10**9}], ids=str)
-def test_configuration_far_larger_than_its_checkpoint_takes_no_memory(folder, capsys, original, change):
-    torch.save(original.state_dict(), folder / "model.pt")
-    keys = {**KEYS, "output_dir": "out", "model_config": {**SHAPE, **change}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(keys))
-    assert_refused(capsys, folder, ["model.pt", *change], generate, "model.pt", "--prompt", "It is")
-
-
 def test_checkpoint_of_another_configuration_names_the_shapes_and_not_the_sizes(folder, capsys):
     """The likeliest mistake: GPT-tiny's YAML with the package's larger model.pt. The file is fine."""
     big = {"n_embd": 64, "n_head": 2, "n_positions": 16, "n_layer": 3}
     torch.save(DecoderLM(V, **big).state_dict(), folder / "model.pt")
     for flag in ("--evaluate", "--init"):
-        error = assert_refused(capsys, folder, ["n_embd", "64", "8"], train, "config.yaml", flag, "model.pt")
+        error = assert_refused(capsys, folder, ["n_embd", "64"], train, "config.yaml", flag, "model.pt")
         assert "MiB" not in error and "copy" not in error and "config.yaml" in error
 
 
@@ -139,33 +125,20 @@ def test_model_without_its_configuration_is_refused(folder, capsys, original):
 # --- checkpoints that load -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
-def test_prefixes_of_wrappers_are_stripped(folder, original, prefix):
-    torch.save(original.state_dict(), folder / "model.pt")
-    right = greedy_text(folder)
-    torch.save({prefix + key: value for key, value in original.state_dict().items()}, folder / "model.pt")
-    assert greedy_text(folder) == right
+def test_prefixes_of_wrappers_are_stripped(folder, original):
+    for prefix in ("_orig_mod.", "module._orig_mod."):
+        torch.save({prefix + key: value for key, value in original.state_dict().items()}, folder / "model.pt")
+        loaded = load_trained_model(None, "model.pt", "cpu").model.state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in original.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions_and_a_missing_scale_factor_load(folder, dtype):
+def test_other_precisions_load(folder, dtype):
     """The scale factor 1 / sqrt(7) has no exact bfloat16; a rounded one would change every attention score."""
-    keys = {
-        **KEYS,
-        "output_dir": "out",
-        "model_config": {"n_embd": 14, "n_head": 2, "n_positions": 8, "n_layer": 1},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(keys))
-    model = DecoderLM(V, **keys["model_config"])
-    state = copy.deepcopy(model).to(dtype).state_dict()
-    torch.save(
-        {key: value.float() for key, value in state.items() if "scale_factor" not in key}, folder / "model.pt"
-    )
-    right = greedy_text(folder)
+    shape = {"n_embd": 14, "n_head": 2, "n_positions": 8, "n_layer": 1}
+    (folder / "config.yaml").write_text(yaml.safe_dump({**KEYS, "output_dir": "out", "model_config": shape}))
+    state = DecoderLM(V, **shape).to(dtype).state_dict()
     torch.save(state, folder / "model.pt")
-    assert greedy_text(folder) == right
-    from support.checkpoint import load_trained_model
-
     loaded = load_trained_model(None, "model.pt", "cpu").model.state_dict()
     assert loaded["blocks.0.mha.scale_factor"].item() == pytest.approx(7**-0.5, rel=1e-7)
     for key, value in loaded.items():

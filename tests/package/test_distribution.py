@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,40 +27,31 @@ def free_port() -> int:
                 return port
 
 
-def in_rank(rank: int, size: int, port: int, log: Path, prepare, arguments: list[str]) -> None:
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", **TORCHRUN}
-    os.environ.update({name: str(value) for name, value in variables.items()})
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = log.open("a", buffering=1)
-    with pytest.MonkeyPatch.context() as patch:
-        prepare(patch, rank)
-        train.main(arguments)
-
-
 def nothing(patch, rank):
-    pass
+    """The run as it is."""
 
 
-def stop_at_step_2(patch, rank):
-    """The last rank alone receives a signal."""
-    if rank == 1:
-        at_batches(patch, {5: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+def in_rank(rank: int, port: int, log, prepare, arguments: list[str]) -> None:
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", "DRAWN": log.parent / "drawn"}
+    os.environ.update(TORCHRUN | {name: str(value) for name, value in variables.items()})
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = log.open("w", buffering=1)
+    prepare(pytest.MonkeyPatch(), rank)
+    train.main(arguments)
 
 
 def two_ranks(tiny: TinyRun, *arguments, prepare=nothing) -> tuple[list[int], list[str]]:
     """Exit statuses and output of two processes, as torchrun starts them but forked, which is much faster."""
     logs, port, ranks = [tiny.log.with_name(f"rank{rank}.txt") for rank in (0, 1)], free_port(), []
     for rank, log in enumerate(logs):
-        log.unlink(missing_ok=True)
-        job = (rank, 2, port, log, prepare, [str(tiny.config), *arguments])
+        job = (rank, port, log, prepare, [str(tiny.config), *arguments])
         ranks.append(processes().Process(target=in_rank, args=job))
         ranks[-1].start()
     for process in ranks:
         process.join(100)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        process.kill()
+        process.join()
     return [process.exitcode for process in ranks], [log.read_text() for log in logs]
 
 
@@ -76,69 +66,66 @@ def joined_batches(patch, rank, n_rows=2):
     patch.setattr(train, "random_batch_sampler", sampler)
 
 
-def test_two_processes_train_what_one_does_on_the_joined_batch(tmp_path, quick):
+def test_two_processes_train_what_one_does_on_the_joined_batch(tmp_path, monkeypatch, quick):
     one = TinyRun(tmp_path / "one", model_config=NO_DROPOUT, batch_size=4)
-    with pytest.MonkeyPatch.context() as patch:
-        joined_batches(patch, 0, n_rows=4)
-        assert one.main() == 0
+    joined_batches(monkeypatch, 0, n_rows=4)
+    assert one.main() == 0
     two = TinyRun(tmp_path / "two", model_config=NO_DROPOUT)
     statuses, said = two_ranks(two, prepare=joined_batches)
     assert statuses == [0, 0], said
     assert said[1] == "", "rank 1 must not print"
-    rows = [[float(x) for x in (run.out / "metrics.csv").read_text().split()[-1].split(",")] for run in (one, two)]
+    rows = [{key: float(value) for key, value in run.rows()[-1].items()} for run in (one, two)]
     assert rows[1] == pytest.approx(rows[0], rel=1e-5), "tokens, FLOPs and losses must be those of all processes"
     states = [torch.load(run.out / "model.pt", weights_only=True) for run in (one, two)]
     for key, right in states[0].items():
         torch.testing.assert_close(states[1][key], right, rtol=0, atol=1e-4, msg=f"{key}: summed or not averaged?")
 
 
-def test_interrupted_run_continues_exactly_and_only_on_as_many_processes(tmp_path, capsys, quick):
+def stop_the_second(patch, rank):
+    if rank == 1:
+        at_batches(patch, {5: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+
+
+def test_interrupted_run_continues_exactly_and_only_on_as_many_processes(tmp_path, capsys):
     whole, tiny = TinyRun(tmp_path / "whole"), TinyRun(tmp_path)
     assert two_ranks(whole)[0] == [0, 0]
-    statuses, said = two_ranks(tiny, prepare=stop_at_step_2)
-    assert statuses == [143, 143] and tiny.rows() == 3, said
+    statuses, said = two_ranks(tiny, prepare=stop_the_second)
+    assert statuses == [143, 143] and "resume at step 3" in said[0], said
     assert_refused(capsys, tiny.out, ["2", "1"], train, tiny.config)
     assert two_ranks(tiny)[0] == [0, 0]
     assert tiny.results() == whole.results()
 
 
-def note_first_batch(patch, rank):
-    sampler = train.random_batch_sampler
-
+def note_batches(patch, rank):
     def noted(*arguments):
         for batch in sampler(*arguments):
-            print("batch", batch.tolist(), file=open(f"{os.environ['NOTES']}{rank}", "a"))  # noqa: SIM115
+            with open(f"{os.environ['DRAWN']}{rank}", "a") as file:
+                file.write(f"{batch.tolist()}\n")
             yield batch
 
+    sampler = train.random_batch_sampler
     patch.setattr(train, "random_batch_sampler", noted)
 
 
-def test_every_process_draws_its_own_batches_and_an_error_is_told_once(tmp_path, monkeypatch, quick):
+def test_every_process_draws_its_own_batches_and_an_error_is_told_once(tmp_path):
     tiny = TinyRun(tmp_path)
-    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
-    statuses, said = two_ranks(tiny, "--set", "max_lr=-1")
-    assert statuses == [2, 2] and "".join(said).count("error: ") == 1, said
     diverging = ("--set", "max_lr=1e30", "num_warmup_steps=0")
-    statuses, said = two_ranks(tiny, *diverging, prepare=note_first_batch)
-    assert statuses == [1, 1] and "".join(said).count("error: ") == 1 and "Traceback" not in "".join(said), said
-    drawn = [(tmp_path / f"notes{rank}").read_text() for rank in (0, 1)]
+    for arguments, status in ((("--set", "max_lr=-1"), 2), (diverging, 1)):
+        statuses, said = two_ranks(tiny, *arguments, prepare=note_batches)
+        assert statuses == [status, status] and "".join(said).count("error: ") == 1, said
+        assert "Traceback" not in "".join(said), said
+    drawn = [(tmp_path / f"drawn{rank}").read_text() for rank in (0, 1)]
     assert drawn[0] and drawn[0] != drawn[1]
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_soak_signal_to_torchrun_saves_once(tmp_path, number):
-    tiny = TinyRun(tmp_path, num_training_steps=100_000, checkpoint_interval=90_000)
+def test_soak_signal_to_torchrun_saves_the_state(tmp_path, number):
+    tiny = TinyRun(tmp_path, num_training_steps=100_000, checkpoint_interval=10)
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = subprocess.Popen(
-        [*line, str(ROOT / "train.py"), str(tiny.config)],
-        env={**os.environ, **TORCHRUN},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    wait_until(lambda: tiny.rows() > 2 or process.poll() is not None)
+    process = subprocess.Popen([*line, str(ROOT / "train.py"), str(tiny.config)], env={**os.environ, **TORCHRUN})
+    wait_until(lambda: tiny.saves() or process.poll() is not None)
     process.send_signal(number)
-    said = process.communicate(timeout=60)[0]
-    assert (tiny.out / "training_state.pt").exists() and process.returncode != 0, said
-    assert said.count(f"step {tiny.rows()}") >= 1, said
+    assert process.wait(60) != 0
+    state = torch.load(tiny.out / "training_state.pt", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())

@@ -1,6 +1,5 @@
 """The device: which one is chosen, and that a CUDA GPU gives what the CPU does (pytest tests/ -m gpu)."""
 
-import csv
 import os
 import signal
 
@@ -14,6 +13,7 @@ from model import DecoderLM
 from support.chunked_loss import ChunkedLanguageModelingLoss
 from support.device import batches_on, choose_device
 from support.errors import UserError
+from support.tokenizer import get_tokenizer
 
 V, P = 5003, 32
 
@@ -23,14 +23,19 @@ V, P = 5003, 32
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(n_gpus, capability, mps) substitutes what PyTorch says of this machine."""
+    """machine(n_gpus, capability, fails, mps) substitutes what PyTorch says of this machine."""
 
-    def substitute(n_gpus=0, capability=(8, 6), mps=False):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: n_gpus > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "A card")
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: capability >= (8, 0))
+    def substitute(n_gpus=0, capability=(8, 6), fails=False, mps=False):
+        def ones(*sizes, device=None):
+            if fails and device is not None:
+                raise RuntimeError("no kernel image\nis available")
+            return torch.zeros(*sizes)
+
+        answers = {"is_available": n_gpus > 0, "device_count": n_gpus, "get_device_capability": capability}
+        answers |= {"get_device_name": "A card", "set_device": None}
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+        monkeypatch.setattr(torch, "ones", ones)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
     return substitute
@@ -42,23 +47,26 @@ def machine(monkeypatch):
         ({"n_gpus": 2, "mps": True}, "auto", "cuda", torch.bfloat16),
         ({"n_gpus": 2}, "cuda:1", "cuda:1", torch.bfloat16),
         ({"n_gpus": 1, "capability": (7, 5)}, "cuda", "cuda", torch.float32),
+        ({"n_gpus": 1, "fails": True}, "auto", "cpu", torch.float32),
         ({"mps": True}, "auto", "mps", torch.float32),
         ({}, "auto", "cpu", torch.float32),
         ({"n_gpus": 1}, "cpu", "cpu", torch.float32),
     ],
 )
-def test_device_that_is_chosen(machine, there, asked, device, dtype):
+def test_device_that_is_chosen_and_its_precision(machine, there, asked, device, dtype):
     machine(**there)
-    chosen = choose_device(asked)
-    assert (chosen.device, chosen.dtype) == (torch.device(device), dtype)
-    assert str(chosen).startswith(device) and "\n" not in str(chosen)
+    for training in (False, True):
+        chosen = choose_device(asked, training)
+        assert (chosen.device, chosen.dtype) == (torch.device(device), dtype if training else torch.float32)
+        assert str(chosen).startswith(device) and "\n" not in str(chosen)
 
 
 @pytest.mark.parametrize("asked", ["cuda", "cuda:0", "mps", "gpu", "cpu:0", "cuda:x", "meta"])
 def test_device_that_is_not_here_is_refused(machine, asked):
-    machine()
-    with pytest.raises(UserError, match=f"device.*{asked}"):
-        choose_device(asked)
+    for there in ({}, {"n_gpus": 1, "fails": True}):
+        machine(**there)
+        with pytest.raises(UserError, match=f"device.*{asked}"):
+            choose_device(asked)
 
 
 def test_products_chosen_for_this_machine_are_float32s():
@@ -75,7 +83,7 @@ def test_products_chosen_for_this_machine_are_float32s():
 @pytest.fixture
 def gpu():
     """As the commands choose it, but with exact float32 products."""
-    chosen = choose_device("auto")
+    chosen = choose_device("auto", training=True)
     assert chosen.device.type == "cuda", chosen
     torch.set_float32_matmul_precision("highest")
     return chosen
@@ -117,11 +125,11 @@ def test_steps_equal_the_cpus(gpu, loss_class):
 
 
 @pytest.mark.gpu
-def test_greedy_generation_equals_the_cpus(gpu, randomise, ascii_tokenizer):
-    model = randomise(DecoderLM(129, 24, 3, P, 2)).eval()
-    prefixes = ["a", "a longer one", "one of more than the thirty-two tokens that the model can read"]
-    right = generate(model, "cpu", ascii_tokenizer, prefixes, 2, max_new_tokens=20)
-    assert generate(model.to(gpu.device), gpu.device, ascii_tokenizer, prefixes, 2, max_new_tokens=20) == right
+def test_greedy_generation_equals_the_cpus(gpu, randomise):
+    model = randomise(DecoderLM(50257, 24, 3, P, 2)).eval()
+    prefixes = ["a", "a longer one", "one of more than the thirty-two tokens that the model can read " * 3]
+    right = generate(model, "cpu", get_tokenizer(), prefixes, 2, max_new_tokens=20)
+    assert generate(model.to(gpu.device), gpu.device, get_tokenizer(), prefixes, 2, max_new_tokens=20) == right
 
 
 @pytest.mark.gpu
@@ -132,9 +140,7 @@ def test_interrupted_run_continues_to_rounding(tmp_path, monkeypatch, quick):
         at_batches(patched, {5: lambda: os.kill(os.getpid(), signal.SIGTERM)})
         assert broken.main() == 143
     assert whole.main() == broken.main() == 0
-    losses = [
-        [float(row["loss"]) for row in csv.DictReader((r.out / "metrics.csv").open())] for r in (whole, broken)
-    ]
+    losses = [[float(row["loss"]) for row in run.rows()] for run in (whole, broken)]
     assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=0.01)
 
 

@@ -1,5 +1,6 @@
 """A training run small enough to be killed many times (0.4 M parameters), and how tests give commands."""
 
+import csv
 import multiprocessing
 import os
 import subprocess
@@ -83,11 +84,16 @@ class TinyRun:
         process.start()
         return process
 
-    def rows(self) -> int:
-        """Steps that metrics.csv tells of."""
+    def saves(self) -> int:
+        """Changes whenever an unfinished run saves its state."""
         with suppress(FileNotFoundError):
-            return max(0, (self.out / "metrics.csv").read_bytes().count(b"\n") - 1)
+            return (self.out / "training_state.pt").stat().st_mtime_ns
         return 0
+
+    def rows(self) -> list[dict[str, str]]:
+        """The steps that metrics.csv tells of."""
+        with (self.out / "metrics.csv").open() as file:
+            return list(csv.DictReader(file))
 
     def results(self) -> dict[str, bytes]:
         """The files that must not depend on interruptions, byte for byte."""
