@@ -21,7 +21,7 @@ from support.errors import ArgumentParser, exit_on_user_error, first_line  # noq
 from support.files import atomic_file, json_text, write_atomically  # noqa: E402
 
 PACKED = (*grade.COPIED, "requirements.txt")
-PACKED += tuple(f"instructor/{name}.py" for name in ("grade", "table", "perplexity", "gradescope"))
+PACKED += tuple(f"instructor/{name}.py" for name in ("grade", "child", "table", "perplexity", "gradescope"))
 TOKENS = "test_tokens.npz"
 # Gradescope's usual limit is 10 minutes in all.
 grade.SECONDS_FILE, grade.SECONDS_GROUP, grade.SECONDS_PERPLEXITY = 60, 20, 180

@@ -2,7 +2,7 @@
 
     python instructor/mutants.py                 each wrong solution must fail a test of its part
     python instructor/mutants.py --right         each right solution must get all points
-    python instructor/mutants.py --only padding  those with this word in their family or description
+    python instructor/mutants.py --only padding  those with this word in their part or description
 
 The solutions are edits of the graded files (wrong_solutions.py, right_solutions.py). Each runs in a process of
 its own; of a wrong one the first failure is printed as the student would read it. The exit status is 1 if a wrong
@@ -28,7 +28,7 @@ import tiktoken  # noqa: E402, F401  (imported before the fork, like wandb and t
 import torch  # noqa: E402
 import wandb  # noqa: E402, F401
 from right_solutions import RIGHT  # noqa: E402
-from wrong_solutions import FAMILIES, MODULE_OF, Mutant  # noqa: E402
+from wrong_solutions import MODULE_OF, WRONG, Mutant  # noqa: E402
 
 MODULES = ("model", "train", "generate", "classify")
 TIMEOUT_SECONDS = 600  # for one solution, which takes a few
@@ -116,14 +116,13 @@ def main(argv: list[str] | None = None) -> None:
     """Run the wrong or the right solutions and print the outcome of each."""
     parser = argparse.ArgumentParser(description="Do the tests tell wrong solutions from right ones?")
     parser.add_argument("--right", action="store_true", help="right solutions, which must get all points")
-    parser.add_argument("--only", default="", metavar="WORD", help="with this word in family or description")
+    parser.add_argument("--only", default="", metavar="WORD", help="with this word in part or description")
     args = parser.parse_args(argv)
     full = sum(most for most, _ in points.GROUPS.values())
     if args.right:
         jobs = {what: (right_sources(what), None) for what in RIGHT}
     else:
-        wrong = [(family, mutant) for family, of in FAMILIES.items() for mutant in of]
-        jobs = {f"{family}: {m.what} ({m.part})": (wrong_sources(m), m.part) for family, m in wrong}
+        jobs = {f"{m.part}: {m.what}": (wrong_sources(m), m.part) for m in WRONG}
     jobs = {what: job for what, job in jobs.items() if args.only in what}
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"  # forked, they share torch
     bad = 0

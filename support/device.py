@@ -81,7 +81,7 @@ def cuda_problem(index: int = 0) -> str | None:
 
 
 def _cuda(device: torch.device, training: bool) -> Device:
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(device.index or 0)  # it takes no device without a number
     torch.set_float32_matmul_precision("high" if training else "highest")  # TF32 for what stays in float32
     has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
     dtype = torch.bfloat16 if training and has_bfloat16 else torch.float32

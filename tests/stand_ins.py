@@ -5,28 +5,32 @@ import torch.nn.functional as F
 from mistakes.model import attention, logits, split_heads
 from torch import nn
 
-from model import DecoderLM, MultiHeadAttention
+from model import DecoderBlock, DecoderLM, MultiHeadAttention
 
 
-def use_right_attention(model: nn.Module, n_head: int, only_q_kT_v: bool = False) -> nn.Module:
-    """Let every MultiHeadAttention in `model` split its heads, and attend, as PyTorch does."""
+def use_right_q_kT_v(mha: MultiHeadAttention, n_head: int) -> MultiHeadAttention:
+    """Let `mha` split its heads rightly."""
 
-    def q_kT_v(mha, x):
+    def q_kT_v(x):
         q, k, v = (split_heads(linear(x), n_head) for linear in (mha.q_attn, mha.k_attn, mha.v_attn))
         return q, k.transpose(2, 3), v
 
-    def self_attention(q, kT, v, attention_mask=None):
-        visible = torch.ones(q.shape[2], kT.shape[3], dtype=torch.bool).tril()
+    mha.q_kT_v = q_kT_v
+    return mha
+
+
+def use_right_attention(block: DecoderBlock, n_head: int) -> DecoderBlock:
+    """Let the attention of `block` be PyTorch's own, without dropout."""
+    use_right_q_kT_v(block.mha, n_head)
+
+    def forward(x, attention_mask=None):
+        visible = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
         if attention_mask is not None:
             visible = visible & attention_mask[:, None, None, :].bool()
-        return attention(q, kT, v, visible).nan_to_num()
+        return block.mha.proj(attention(*block.mha.q_kT_v(x), visible).nan_to_num())
 
-    for mha in model.modules():
-        if isinstance(mha, MultiHeadAttention):
-            mha.q_kT_v = lambda x, mha=mha: q_kT_v(mha, x)
-            if not only_q_kT_v:
-                mha.self_attention = self_attention
-    return model
+    block.mha.forward = forward
+    return block
 
 
 def position_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -34,29 +38,29 @@ def position_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-def use_right_embed(lm: DecoderLM) -> DecoderLM:
-    """Let `lm` embed tokens and positions rightly, without dropout."""
+def use_right_parts(lm: DecoderLM) -> DecoderLM:
+    """Let `lm` embed tokens and positions rightly, without dropout, and give it blocks without attention."""
 
     def embed(input_ids, attention_mask=None):
         positions = position_ids(input_ids, attention_mask)
         return lm.token_embeddings.weight[input_ids] + lm.position_embeddings.weight[positions]
 
     lm.embed = embed
+    lm.blocks = nn.ModuleList(Mixer(lm.token_embeddings.weight.shape[1]) for _ in lm.blocks)
     return lm
 
 
 class Mixer(nn.Module):
     """Adds to each real token something that depends on it and the real tokens before it."""
 
-    def __init__(self, n_embd: int, p_dropout: float):
+    def __init__(self, n_embd: int):
         super().__init__()
         self.linear = nn.Linear(2 * n_embd, n_embd)
-        self.dropout = nn.Dropout(p_dropout)
 
     def forward(self, x, attention_mask=None):
         mask = torch.ones_like(x[..., :1]) if attention_mask is None else attention_mask[..., None].to(x.dtype)
         mean = (x * mask).cumsum(dim=1) / mask.cumsum(dim=1).clamp(min=1)
-        return x + 3 * self.dropout(torch.tanh(self.linear(torch.cat([x, mean], dim=-1))))
+        return x + 3 * torch.tanh(self.linear(torch.cat([x, mean], dim=-1)))
 
 
 class PlainLM(nn.Module):
@@ -67,7 +71,7 @@ class PlainLM(nn.Module):
         self.n_vocab, self.n_embd, self.n_positions, self.n_layer = n_vocab, n_embd, n_positions, n_layer
         self.token_embeddings = nn.Embedding(n_vocab, n_embd)
         self.position_embeddings = nn.Embedding(n_positions, n_embd)
-        self.blocks = nn.ModuleList(Mixer(n_embd, p_dropout) for _ in range(n_layer))
+        self.blocks = nn.ModuleList(Mixer(n_embd) for _ in range(n_layer))
         self.ln = nn.LayerNorm(n_embd)
         self.dropout = nn.Dropout(p_dropout)
 

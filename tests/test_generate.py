@@ -30,9 +30,7 @@ def generate_texts(lm, tokenizer, monkeypatch):
     own_softmax = generate.softmax_with_temperature
 
     def right_softmax(logits, temperature, *args, **kwargs):
-        right = (
-            (logits / temperature).softmax(-1) if temperature > 1e-5 else (logits == logits.amax(-1, True)) * 1.0
-        )
+        right = (logits / max(temperature, 1e-5)).softmax(-1)
         try:
             own = own_softmax(logits, temperature, *args, **kwargs)
         except Exception:  # whatever a wrong or unfinished one raises
@@ -43,21 +41,11 @@ def generate_texts(lm, tokenizer, monkeypatch):
 
     def generate_texts(prefixes, batch_size=1, max_new_tokens=MAX_NEW, temperature=0.0, model=lm):
         arguments = model, torch.device("cpu"), tokenizer, list(prefixes), batch_size
-        longest, errors = max((len(tokenizer.encode_ordinary(p)) for p in prefixes), default=0), ()
-        what = f"prefixes {prefixes}: expected texts"
-        hint = "an empty prefix has no token: let it be <|endoftext|>"
-        if "" in prefixes:
-            errors = IndexError, ValueError, RuntimeError
-        elif longest + max_new_tokens > P:
-            errors = (
-                IndexError,
-                ValueError,
-                RuntimeError,
-                AssertionError,
-            )  # what a model raises for too many tokens
-            what = f"{longest + max_new_tokens} tokens with n_positions = {P}: expected a text"
-            hint = "does the model get only the last n_positions tokens and their mask?"
-        with explained(what, hint, *errors):
+        n_tokens = max((len(tokenizer.encode_ordinary(p)) for p in prefixes), default=0) + max_new_tokens
+        what = f"prefixes {prefixes}, {n_tokens} tokens with n_positions = {P}: expected texts"
+        hint = "the model gets only the last n_positions tokens and their mask, an empty prefix is <|endoftext|>"
+        fits = "" not in prefixes and n_tokens <= P
+        with explained(what, hint, *(() if fits else (IndexError, ValueError, RuntimeError, AssertionError))):
             texts = generate.generate(*arguments, max_new_tokens=max_new_tokens, temperature=temperature)
         assert isinstance(texts, list) and all(isinstance(text, str) for text in texts), (
             f"generate: expected a list of texts, got {texts!r:.60}: is each row decoded and returned?"
@@ -229,27 +217,16 @@ class TestGenerate:
 
 
 LONG = ["Once upon a time" * 5, "To be or not To be or not To be or not To be or not To", "nine char" * 3]
-LONG_NEW = P + 5  # so that the window slides for every prefix
 
 
 @pytest.mark.advice("3.1", "generate")
 class TestMoreOfGenerate:
-    def test_the_window_slides_past_the_context(self, generate_texts, check_greedy):
-        hint = "does every token depend on exactly the last n_positions tokens?"
-        for prefix in PREFIXES:
-            (text,) = generate_texts([prefix], max_new_tokens=LONG_NEW)
-            check_greedy(prefix, text, hint, LONG_NEW)
-
-    def test_prompts_as_long_as_the_context_or_longer(self, generate_texts, check_greedy):
-        for prefix in LONG:
-            (text,) = generate_texts([prefix])
-            check_greedy(prefix, text, hint="of a long prompt the last n_positions tokens count")
-
-    def test_batches_of_long_and_short_prompts(self, generate_texts, check_greedy):
-        for prefixes, batch_size in ((PREFIXES + LONG, 4), (LONG + PREFIXES, 20)):
-            texts = generate_texts(prefixes, batch_size, LONG_NEW)
-            for prefix, text in zip(prefixes, texts, strict=True):
-                check_greedy(prefix, text, "in a batch, the window and its mask slide together", LONG_NEW)
+    @pytest.mark.parametrize("batch_size", [1, 3, 20])
+    def test_the_window_slides_past_the_context(self, generate_texts, check_greedy, batch_size):
+        hint = "every token depends on exactly the last n_positions tokens; window and mask slide together"
+        prefixes, n_new = PREFIXES + LONG, P + 5
+        for prefix, text in zip(prefixes, generate_texts(prefixes, batch_size, n_new), strict=True):
+            check_greedy(prefix, text, hint, n_new)
 
     def test_several_rows_at_once(self, lm, generate_texts):
         seen = check_rows(lm, lambda: generate_texts(PREFIXES, 3), 3, len(PREFIXES))
@@ -276,12 +253,19 @@ class TestMoreOfGenerate:
         with_constant_logits(lm, {tokenizer.eot_token: 5.0, ord("a"): 0.0})
         check_equal(generate_texts(PREFIXES, batch_size=3), [""] * 5, "texts where <|endoftext|> comes first")
 
+    def test_sampled_rows_end_at_endoftext(self, lm, generate_texts, tokenizer):
+        with_constant_logits(lm, {tokenizer.eot_token: 0.0, ord("a"): 0.0})
+        texts = generate_texts(["x", "longer"] * 200, 50, temperature=1.0)
+        hint = "a row ends at its first <|endoftext|>, whatever is drawn after it"
+        # 400 draws with p = 1/2: 200 with sigma 10, 5 sigma = 50
+        what = "number of empty texts of 400, <|endoftext|> with probability 1/2"
+        check_close(texts.count(""), 200, what, hint=hint, atol=50)
+
     @pytest.mark.parametrize("mode", ["training", "evaluation"])
     def test_dropout_is_off_and_the_mode_restored(self, make_lm, generate_texts, check_greedy, mode):
         model = make_lm(p_dropout=0.5).train(mode == "training")
         texts = generate_texts(PREFIXES, 5, model=model)
-        hint = "put the model back into the mode it was in"
-        what = f"model.training after generate, {mode} mode before"
+        what, hint = f"model.training after generate, {mode} mode before", "put the model back into its mode"
         check_equal(model.training, mode == "training", what, hint=hint)
         for prefix, text in zip(PREFIXES, texts, strict=True):
             check_greedy(prefix, text, hint="is dropout off while generating?", model=model)

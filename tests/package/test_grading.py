@@ -168,7 +168,8 @@ class TestPerplexity:
         assert grade.perplexity_row(found)["points"] == got
 
 
-SIX_RIGHT = list(mutants.RIGHT)[:6]
+SIX_RIGHT = [list(mutants.RIGHT)[i] for i in (1, 2, 4, 5, 7, 8)]
+GRADED_WRONG = [wrong for wrong in mutants.WRONG if wrong.part in {part for _, part in points.GROUPS}]
 
 # A package of one-line functions and one-line tests, one for each group of points: a hand-in takes seconds.
 
@@ -203,12 +204,9 @@ WRONG = solution("model.py", right=False)
 # name: (files, points, what the page says)
 CASES = {
     "right": (hand_in(), 65, None),
-    "wrong": (hand_in(right=False), 0, "test_embed: AssertionError"),
-    "no_classify": (hand_in(classify=None), 55, "classify.py is missing"),
     "syntax_error": (hand_in(model="import os\ndef f(:\n"), 0, "model.py, line 2, is not valid Python"),
     "imports": (hand_in(generate="import pytest\nimport checks\n"), 55, "'checks' (line 2), 'pytest' (line 1)"),
     "ready_made": (hand_in(model=solution("model.py") + "x = lambda nn: nn.TransformerEncoder\n"), 40, "line"),
-    "raises_at_import": (hand_in(train="import os\n1 / 0\n"), 45, "train.py, line 2: ZeroDivisionError"),
     "main_at_import": (hand_in(train="import sys\nmain = sys.exit\nmain()\n"), 45, "line 3, runs main() when"),
     "hangs_at_import": (hand_in(train="while True: pass\n"), 45, "train.py, line 1: no end in the time allowed"),
     "sleeps": (sick("time.sleep(100000)"), 60, "line 12: no end in the time allowed"),
@@ -244,8 +242,8 @@ def grade_cases(folder: Path, names) -> list[str]:
     for name in names:
         path, files = zips / f"{name}.zip", CASES[name][0]
         path.write_bytes(b"PK") if files is None else zipped(path, files)
-    code = f"import sys\nsys.path.insert(0, {str(ROOT / 'instructor')!r})\nimport grade\n"
-    code += f"grade.ROOT = grade.Path({str(fake)!r})\n"
+    code = f"import sys\nsys.path.insert(0, {str(ROOT / 'instructor')!r})\nimport grade, child\n"
+    code += f"grade.ROOT = child.ROOT = grade.Path({str(fake)!r})\n"
     code += "grade.SECONDS_FILE, grade.SECONDS_GROUP = 8, 4\ngrade.main(sys.argv[1:])\n"
     arguments = [str(zips), "--out", str(folder / "grades"), "--jobs", "2", "--no-container"]
     command = [sys.executable, "-c", code, *arguments]
@@ -277,17 +275,11 @@ def test_a_class_is_graded_and_graded_again_where_it_changed(tmp_path):
     assert [name for name in times if times[name] != later[name]] == ["no_zip.zip.json"]
 
 
-@pytest.fixture(scope="module")
-def all_cases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("class")
-    grade_cases(folder, [name for name in CASES if name not in IN_THE_DEFAULT_SUITE])
-    return folder
-
-
 @pytest.mark.soak
-@pytest.mark.parametrize("name", [name for name in CASES if name not in IN_THE_DEFAULT_SUITE])
-def test_points_and_reasons(all_cases, name):
-    check_case(all_cases, name)
+def test_points_and_reasons_of_all_cases(tmp_path):
+    grade_cases(tmp_path, CASES)
+    for name in CASES:
+        check_case(tmp_path, name)
 
 
 def test_a_hand_in_that_cannot_be_graded_is_named_and_not_kept(tmp_path, monkeypatch, capsys):
@@ -306,6 +298,13 @@ def test_it_runs_in_a_container_only_unless_told_so(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as stop:
         grade.main([str(tmp_path)])
     assert stop.value.code == 2 and "--no_container" in capsys.readouterr().err
+
+
+def test_every_edit_of_the_lists_fits_the_files():
+    assert len(mutants.RIGHT) >= 31 and len(mutants.WRONG) >= 224
+    for sources in [*map(mutants.right_sources, mutants.RIGHT), *map(mutants.wrong_sources, mutants.WRONG)]:
+        for name, source in sources.items():
+            compile(source, name, "exec")
 
 
 @pytest.mark.soak
@@ -335,9 +334,8 @@ class TestRealHandIns:
         for name in ("data", "instructor"):
             (tmp_path / name).symlink_to(ROOT / name)
         (tmp_path / "my_texts.jsonl").write_text('{"text": "One text, and no other."}\n' * 9)
-        families = list(mutants.FAMILIES.values())[:6]
         chosen = {f"right{i}": mutants.right_sources(what) for i, what in enumerate(SIX_RIGHT)}
-        chosen |= {f"wrong{i}": mutants.wrong_sources(family[0]) for i, family in enumerate(families)}
+        chosen |= {f"wrong{i}": mutants.wrong_sources(wrong) for i, wrong in enumerate(GRADED_WRONG[::35][:6])}
         for name, sources in chosen.items():
             files = {f"{module}.py": text for module, text in sources.items()}
             files |= {path.name: path for path in (weights[0] / "model.pt", weights[0] / "config.yaml")}

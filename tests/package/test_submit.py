@@ -62,10 +62,6 @@ def edit(name: str, old: str, new: str):
     return change
 
 
-def put(name: str, content: bytes):
-    return lambda root: (root / name).write_bytes(content)
-
-
 # ruff: noqa: E501 (one fault, one line)
 # fmt: off
 FAULTS = {
@@ -73,13 +69,11 @@ FAULTS = {
     "a syntax error": (edit("classify.py", "def score(", "def score(("), "is not valid Python"),
     "new packages": (edit("model.py", "import math\n", "import jax, math\nfrom . import x\n"), "imports '.' (line"),
     "a ready-made layer": (edit("model.py", "nn.Linear(n_embd, n_embd)", "nn.MultiheadAttention(n_embd, n_head)"), "MultiheadAttention"),
-    "ready-made, imported": (edit("model.py", "from torch import nn\n", "from torch import nn\nfrom torch.nn import TransformerDecoder\n"), "TransformerDecoder"),
     "no checkpoint": (lambda root: (root / "model.pt").unlink(), "model.pt: no such"),
     "another model's configuration": (edit("config.yaml", "n_embd: 8", "n_embd: 16"), "n_embd"),
     "too much training": (edit("config.yaml", "num_training_steps: 6", "num_training_steps: 2000000000"), "1e17"),
-    "no answers": (lambda root: (root / "report" / "answers.pdf").unlink(), "--report"),
-    "two PDFs": (put("notes.pdf", b"%PDF-"), "several PDFs"),
-    "answers that are not a PDF": (put("report/answers.pdf", b"hello"), "is not a PDF"),
+    "two PDFs": (lambda root: (root / "notes.pdf").write_bytes(b"%PDF-"), "several PDFs"),
+    "answers that are not a PDF": (lambda root: (root / "report/answers.pdf").write_bytes(b"hello"), "is not a PDF"),
 }
 # fmt: on
 
@@ -119,17 +113,7 @@ def test_a_large_checkpoint_is_refused(solution, capsys, monkeypatch):
     assert "[FAIL] model.pt has 1." in outcome(capsys)[1]
 
 
-def test_code_that_raises_fails_its_check_only(solution, capsys, monkeypatch):
-    def broken(files):
-        raise NotImplementedError("question 1.3")
-
-    monkeypatch.setattr(submit, "check_alone", broken)
-    _, printed = outcome(capsys)
-    assert "[FAIL] your code raised NotImplementedError('question 1.3')" in printed
-    assert printed.count("[OK]") == 3
-
-
-@pytest.mark.parametrize("name", ["", "Ada", "../ada", "ada.zip"])
+@pytest.mark.parametrize("name", ["", "../ada"])
 def test_an_andrew_id_is_a_plain_name(name, capsys):
     with pytest.raises(SystemExit) as stop:
         submit.main([name])
