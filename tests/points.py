@@ -85,8 +85,8 @@ class Tally:
         try:
             report, error = (yield), None
         except SystemExit as exit_at_import:
-            report = pytest.CollectReport(collector.nodeid, "failed", "the code exits when it is imported", [])
-            error = exit_at_import
+            error, reason = exit_at_import, f"the code exits when it is imported: {exit_at_import}"
+            report = pytest.CollectReport(collector.nodeid, "failed", reason, [])
         if report.failed and collector.path.name in FILES[1:]:
             reason = _why_it_does_not_load(error or report.call.excinfo.value)
             if reason in self.broken.values():  # every test file imports model.py: one traceback is enough
@@ -256,9 +256,10 @@ def _why_it_does_not_load(error: BaseException) -> str:
     places = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     ours = [place for place in places if place[0].parent in (ROOT, ROOT / "tests")]
     file, line = (ours or places)[-1]
-    if isinstance(error, SystemExit):
+    if isinstance(error, SystemExit) and not isinstance(error.code, str):
         return f'{file.name}, line {line}: runs at import; put it under if __name__ == "__main__":'
-    return f"{file.name}, line {line}: {type(error).__name__}: {error}".splitlines()[0]
+    remedy = "; pip install -r requirements.txt" if isinstance(error, ModuleNotFoundError) else ""
+    return f"{file.name}, line {line}: {type(error).__name__}: {error}".splitlines()[0] + remedy
 
 
 def _total(rows) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """Right parts in place of a solution's own, so that one mistake costs the points of one group only."""
 
 import torch
-import torch.nn.functional as F
 from mistakes.model import attention, logits, split_heads
 from torch import nn
 
@@ -24,10 +23,9 @@ def use_right_attention(block: DecoderBlock, n_head: int) -> DecoderBlock:
     use_right_q_kT_v(block.mha, n_head)
 
     def forward(x, attention_mask=None):
-        visible = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
-        if attention_mask is not None:
-            visible = visible & attention_mask[:, None, None, :].bool()
-        return block.mha.proj(attention(*block.mha.q_kT_v(x), visible).nan_to_num())
+        keys = torch.ones(x.shape[:2]) if attention_mask is None else attention_mask
+        seen = keys.bool()[:, None, None].expand(-1, 1, x.shape[1], -1).tril()
+        return block.mha.proj(attention(*block.mha.q_kT_v(x), seen).nan_to_num())
 
     block.mha.forward = forward
     return block
@@ -78,20 +76,21 @@ class PlainLM(nn.Module):
     def embed(self, input_ids, attention_mask=None):
         if input_ids.shape[1] > self.n_positions:
             raise ValueError(f"{input_ids.shape[1]} tokens are more than n_positions = {self.n_positions}")
-        positions = position_ids(input_ids, attention_mask)
-        return self.dropout(self.token_embeddings(input_ids) + self.position_embeddings(positions))
+        of_positions = self.position_embeddings(position_ids(input_ids, attention_mask))
+        return self.dropout(of_positions + self.token_embeddings(input_ids))
 
     def hidden_states(self, input_ids, attention_mask=None):
-        x = self.embed(input_ids, attention_mask)
-        for block in self.blocks:
-            x = block(x, attention_mask)
-        return self.ln(x)
+        mixed = self.embed(input_ids, attention_mask)
+        for mixer in self.blocks:
+            mixed = mixer(mixed, attention_mask)
+        return self.ln(mixed)
 
-    def token_logits(self, x):
-        return F.linear(x, self.token_embeddings.weight)
+    def token_logits(self, hidden):
+        return hidden @ self.token_embeddings.weight.T
 
     def forward(self, input_ids, attention_mask=None):
-        return self.token_logits(self.hidden_states(input_ids, attention_mask))
+        hidden = self.hidden_states(input_ids, attention_mask)
+        return self.token_logits(hidden)
 
 
 class Bigrams(nn.Module):
@@ -116,7 +115,7 @@ def _is_right(lm: DecoderLM) -> bool:
     padded = lm(ids, mask)
     pairs = [(padded[:1, 2:], lm(ids[:1, 2:])), (padded[1:], lm(ids[1:])), (padded[1:, :3], lm(ids[1:, :3]))]
     x = torch.randn(2, 5, lm.token_embeddings.weight.shape[1])
-    pairs += [(lm(ids), logits(lm, ids)[0]), (lm.token_logits(x), F.linear(x, lm.token_embeddings.weight))]
+    pairs += [(lm(ids), logits(lm, ids)[0]), (lm.token_logits(x), x @ lm.token_embeddings.weight.T)]
     return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-3) for a, b in pairs)
 
 
