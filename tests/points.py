@@ -113,12 +113,14 @@ class Tally:
         if item.path.name not in FILES or not hasattr(signal, "SIGVTALRM"):  # Windows has none
             return (yield)
 
+        seconds = self.seconds
+
         def stop(*_):
             self.seconds = CPU_SECONDS_PER_TEST / 10  # the next ones may hang, too
-            raise AssertionError(f"no result after {CPU_SECONDS_PER_TEST:g} s: is there an endless loop?")
+            raise AssertionError(f"no result after {seconds:g} s: is there an endless loop?")
 
         before = signal.signal(signal.SIGVTALRM, stop)
-        signal.setitimer(signal.ITIMER_VIRTUAL, self.seconds)
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
         try:
             return (yield)
         finally:
@@ -150,27 +152,24 @@ class Tally:
                 written = [message for message in failed if not _is_not_written(message)]  # can be fixed
                 stub = failed[0].partition("NotImplementedError: ")[2] or NOT_WRITTEN
                 row |= {"points": 0, "output": "\n".join(written) or stub}
-            elif None in outcomes or group in self.deselected:
+            elif None in outcomes or group in self.deselected or not ran:
                 row["output"] = "partial: not all tests of this group were run"
-            elif not ran:
-                row["output"] = "skipped"
             else:
                 row["points"] = points
             rows.append(row)
         return rows
 
     def advice(self, rows) -> list[str]:
-        """One line for each part that has its points, or none to lose, with a failed test of advice."""
-        lost = {(row["question"], row["part"]) for row in rows if not row["points"]}
-        failed = {}
+        """A heading, and the first failure of each part that has its points, or none to lose."""
+        lost, failed = {(row["question"], row["part"]) for row in rows if not row["points"]}, {}
         for node, part in self.advice_for.items():
             wrong = self.outcomes.get(node) == "failed" and not _is_not_written(self.messages[node])
             if wrong and part not in lost:
                 failed.setdefault(part, []).append(f"{node.split('::', 1)[1]}: {self.messages[node]}")
-        return [
-            f"{question:<10}{part}: {messages[0]}" + (f" (and {len(messages) - 1} more)" if messages[1:] else "")
-            for (question, part), messages in failed.items()
-        ]
+        lines = ["good to have, no points:"] if failed else []
+        for (question, part), (first, *others) in failed.items():
+            lines.append(f"{question:<10}{part}: {first}" + f" (and {len(others)} more)" * bool(others))
+        return lines
 
     def notes(self, rows) -> list[str]:
         notes, by_name = [], any("::" in str(arg) for arg in self.config.args)
@@ -197,20 +196,14 @@ class Tally:
             if row["points"] == 0 and not remark and row["output"] != shown:  # a broken file is reported once
                 shown = row["output"]
                 first, *others = shown.splitlines()
-                write(
-                    f"          first of {len(others) + 1} failures: {first}" if others else f"          {first}"
-                )
+                write(" " * 10 + (f"first of {len(others) + 1} failures: " if others else "") + first)
         if any(row["question"] == "2.1" for row in rows):
             points, remark = f"– / {PERPLEXITY_POINTS}", "graded on the test data of the course"
             write(line("2.6", "perplexity of model.pt under 50", "", points, remark))
         total, possible = _total(rows)
         write(line("total", "", "", f"{total} / {possible}", "").rstrip())
-        for text in self.notes(rows):
+        for text in self.notes(rows) + self.advice(rows):
             write(text)
-        if advice := self.advice(rows):
-            write("\ngood to have, no points:")
-            for text in advice:
-                write(text)
         if path := self.config.getoption("points_json"):
             Path(path).write_text(json.dumps(self.results(rows), indent=2) + "\n", encoding="utf-8")
             write(f"points written to {path}")
@@ -224,8 +217,7 @@ class Tally:
                 output.append(f"{name}: {text}")
             else:
                 tests.append({"name": name, "score": row["points"], "max_score": row["max"], "output": text})
-        output += [f"good to have, no points: {text}" for text in self.advice(rows)]
-        return {"score": _total(rows)[0], "output": "\n".join(output), "tests": tests}
+        return {"score": _total(rows)[0], "output": "\n".join(output + self.advice(rows)), "tests": tests}
 
 
 def _first_line(report) -> str:
@@ -253,13 +245,13 @@ def _why_it_does_not_load(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, SyntaxError):
         return f"{Path(error.filename).name}, line {error.lineno}: {type(error).__name__}: {error.msg}"
-    places = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    ours = [place for place in places if place[0].parent in (ROOT, ROOT / "tests")]
-    file, line = (ours or places)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).parent in (ROOT, ROOT / "tests")]
+    place = f"{Path((ours or frames)[-1].filename).name}, line {(ours or frames)[-1].lineno}"
     if isinstance(error, SystemExit) and not isinstance(error.code, str):
-        return f'{file.name}, line {line}: runs at import; put it under if __name__ == "__main__":'
+        return f'{place}: runs at import; put it under if __name__ == "__main__":'
     remedy = "; pip install -r requirements.txt" if isinstance(error, ModuleNotFoundError) else ""
-    return f"{file.name}, line {line}: {type(error).__name__}: {error}".splitlines()[0] + remedy
+    return f"{place}: {type(error).__name__}: {error}".splitlines()[0] + remedy
 
 
 def _total(rows) -> tuple[int, int]:
