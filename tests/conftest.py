@@ -102,15 +102,6 @@ def tokenizer():
     )
 
 
-@pytest.fixture(scope="session")
-def ascii_tokenizer():  # for tests/package, until they use `tokenizer`
-    tiktoken = pytest.importorskip("tiktoken")
-    ranks = {bytes([i]): i for i in range(128)}
-    return tiktoken.Encoding(
-        "ascii", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 128}
-    )
-
-
 @pytest.fixture
 def make_lm(randomise, tokenizer):
     """make_lm(p_dropout=0.1): a model with n_positions = 16 for generate and score, in evaluation mode.
