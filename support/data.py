@@ -98,7 +98,7 @@ def read_tokens(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
         return _read_folder(path, n_vocab)
     if path.suffix.lower() == ".npz":
         return _read_npz(path, n_vocab)
-    return _read_folder(token_folder(path.resolve()), n_vocab)
+    return _read_folder(token_folder(path), n_vocab)
 
 
 def evenly_spaced(tokens: np.ndarray, at_most: int = 1 << 24) -> Iterator[np.ndarray]:

@@ -10,6 +10,7 @@ Use `encode_ordinary` for text from outside: it reads a literal `<|endoftext|>` 
 import base64
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -88,16 +89,16 @@ def token_folder(path: Path) -> Path:
     """The token folder of a text or of a folder of texts, made now unless it fits the text already."""
     from support.text import read_documents, text_files
 
-    folder = path.with_name(f"{path.name}.tokens")
+    folder = Path(f"{os.path.abspath(path)}.tokens")
     note = folder / "source.json"  # written last
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in text_files(path)]
     source = json.dumps({"format": FORMAT, "files": facts}) + "\n"
     if note.exists() and note.read_text(errors="replace") == source:
         return folder
     try:
-        spool = TemporaryFile(dir=path.parent)  # noqa: SIM115
+        spool = TemporaryFile(dir=folder.parent)  # noqa: SIM115
     except OSError as error:
-        problem = f"{path.parent}: the tokens of the text cannot be written there ({error.strerror})"
+        problem = f"{folder.parent}: the tokens of the text cannot be written there ({error.strerror})"
         raise UserError(f"{problem}; copy the text to a folder of yours") from None
     with spool:
         n_tokens = sum(tokenise(read_documents(path), get_tokenizer(), spool))
