@@ -112,17 +112,17 @@ def report_classification(
     reviews: Reviews,
     p: torch.Tensor,
     predictions: list[list[int]],
-    boundaries: list[float],
+    thresholds: list[float],
     calibrate: bool,
     seconds: float,
 ) -> None:
     """Print both accuracies; write classification.csv, .json and .png.
 
-    p (N,) is p(positive) of each review. `predictions` and `boundaries` are without and with calibration;
+    p (N,) is p(positive) of each review. `predictions` and `thresholds` are without and with calibration;
     `calibrate` says which predictions are written; scoring took `seconds`.
     """
-    p, boundary = p.numpy(), dict(zip(KINDS, boundaries, strict=True))
-    results = {"checkpoint": str(trained.path), "reviews": reviews.name, "n": len(p), "boundary": boundary}
+    p, threshold = p.numpy(), dict(zip(KINDS, thresholds, strict=True))
+    results = {"checkpoint": str(trained.path), "reviews": reviews.name, "n": len(p), "boundary": threshold}
     table = {"row": reviews.rows, "text": reviews.texts, "p": p.tolist(), "prediction": predictions[calibrate]}
     labels = None if reviews.labels is None else np.array(reviews.labels)
     what, groups = "positive", {"all": p}
@@ -134,7 +134,7 @@ def report_classification(
         results["majority-share"] = max(labels.mean(), 1 - labels.mean())
         results["auc"] = area_under_roc(p, labels)
     for rate, kind in zip(rates, KINDS, strict=True):
-        print("  " + bold(f"{rate:6.1%}") + f"  {what} {kind}, boundary {boundary[kind]:.4f}")
+        print("  " + bold(f"{rate:6.1%}") + f"  {what} {kind}, threshold {threshold[kind]:.4f}")
     if labels is not None:
         print(f"  {0.5:6.1%}  a coin flip\n  {results['majority-share']:6.1%}  always this set's majority class")
         print(f"  {results['auc']:6.3f}  AUC: 0.5 is chance, 1 ranks every positive above every negative")
@@ -144,10 +144,11 @@ def report_classification(
     write_atomically(folder / "classification.csv", file.getvalue())
     write_atomically(folder / "classification.json", json_text({**results, "predictions": KINDS[calibrate]}))
     try:
-        plot_histogram(groups, boundary, f"{trained.path}, {reviews.name}", folder / "classification.png")
+        plot_histogram(groups, threshold, f"{trained.path}, {reviews.name}", folder / "classification.png")
     except Exception as error:  # no matplotlib, for example: no reason to lose the rest
         show_note(f"Could not draw classification.png: {first_line(error)}")
-    print(f"\nNext:\n  {command('classify.py', trained.path, '--calibrate', '--data', 'my_reviews.csv')}\n")
+    other = ("generate.py", trained.path) if calibrate else ("classify.py", trained.path, "--calibrate")
+    print(f"\nNext:\n  {command(*other)}\n")
     print(f"{len(p)} reviews in {seconds:.1f} s, written to {folder / 'classification'}.csv, .json, .png")
 
 
@@ -163,8 +164,8 @@ def area_under_roc(p: np.ndarray, labels: np.ndarray) -> float:
     return float((smaller + not_larger).mean() / (2 * len(negative)))
 
 
-def plot_histogram(groups: dict[str, np.ndarray], boundaries: dict[str, float], title: str, path: Path) -> None:
-    """Plot how p(positive) is distributed in each group of texts, with the decision boundaries."""
+def plot_histogram(groups: dict[str, np.ndarray], thresholds: dict[str, float], title: str, path: Path) -> None:
+    """Plot how p(positive) is distributed in each group of texts, with the thresholds."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a display
 
     figure = Figure((8, 4.5), layout="constrained")
@@ -173,8 +174,8 @@ def plot_histogram(groups: dict[str, np.ndarray], boundaries: dict[str, float], 
     bins = np.linspace(everything.min(), everything.max() + 1e-6, 41)
     for (name, values), colour in zip(groups.items(), ("#c2513c", "#2f8f6b"), strict=False):
         axes.hist(values, bins, color=colour, alpha=0.55, label=f"{name} ({len(values)} texts)")
-    for (name, boundary), line in zip(boundaries.items(), (":", "--"), strict=True):
-        axes.axvline(boundary, color="#333333", linestyle=line, label=f"boundary {name} = {boundary:.3f}")
+    for (name, threshold), line in zip(thresholds.items(), (":", "--"), strict=True):
+        axes.axvline(threshold, color="#333333", linestyle=line, label=f"threshold {name} = {threshold:.3f}")
     axes.set(xlabel='p(positive): share of " good" against " bad" as the next token', ylabel="texts", title=title)
     axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # room for the legend
     axes.legend(frameon=False, loc="upper left")

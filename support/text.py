@@ -76,7 +76,7 @@ def is_json(path: Path) -> bool:
 
 
 def read_json(path: Path, key: str = "text") -> Iterator[tuple[str, dict]]:
-    """(place, object) for each entry of JSON lines or of a JSON list. A string counts as {key: string}."""
+    """(place, object) for each entry of JSON lines or of a JSON list; a string counts as {key: string}."""
     lines = ((f"{path}, line {n}", line) for n, line in enumerate(read_lines(path), start=1) if line.strip())
     first = next(lines, (str(path), "[]"))
     if first[1].lstrip().startswith("["):
