@@ -108,7 +108,7 @@ def test_no_graded_body_is_left_in_any_file(starter):
     for name in make_starter.GRADED:
         kept = dict(map(reversed, make_starter.definitions(ast.parse((starter / name).read_text()))))
         for node, path in make_starter.definitions(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef) and node.name != "__init__":  # what it creates is told
                 written = path in kept and "NotImplementedError" not in ast.unparse(kept[path])
                 (given if written else lines).update(body_lines(node))
     # Shorter ones give nothing away; the shift of the labels is in support, too.
