@@ -28,7 +28,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from support.errors import ArgumentParser, UserError, exit_on_user_error, first_line, positive_int, require  # noqa: E402  # noqa: E402
+from support.errors import (  # noqa: E402
+    ArgumentParser,
+    UserError,
+    exit_on_user_error,
+    first_line,
+    positive_int,
+    require,
+)
 from support.files import atomic_file, write_atomically  # noqa: E402
 from support.text import read_documents, read_reviews  # noqa: E402
 from support.tokenizer import get_tokenizer, n_held_out, save_tokens, tokenise  # noqa: E402
@@ -62,9 +69,7 @@ def draw_reviews(source: str, n_reviews: int) -> list[dict]:
     draw, chosen = random.Random(SEED), []
     for label, n in ((0, n_reviews // 2), (1, n_reviews - n_reviews // 2)):
         texts = list(by_label[label])
-        problem = (
-            f"{source} has only {len(texts)} reviews of label {label}, {n} are needed for --reviews {n_reviews}"
-        )
+        problem = f"--reviews {n_reviews}: {source} has only {len(texts)} of label {label}"
         require(len(texts) >= n, f"{problem}; ask for fewer")
         chosen += [{"text": text, "label": label} for text in draw.sample(texts, n)]
     draw.shuffle(chosen)

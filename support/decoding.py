@@ -16,7 +16,7 @@ from support.checkpoint import TrainedModel
 from support.errors import RunStopped, first_line
 from support.screen import show_note
 
-TOLERANCE = 1e-3  # of the largest logit: far above rounding, TF32's too, and far below a wrong context
+TOLERANCE = 1e-3  # of the largest logit: far above rounding, far below a wrong context
 
 
 class CachedDecoder:

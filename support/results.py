@@ -121,30 +121,27 @@ def report_classification(
     p (N,) is p(positive) of each review. `predictions` and `thresholds` are without and with calibration;
     `calibrate` says which predictions are written; scoring took `seconds`.
     """
-    p, threshold = p.numpy(), dict(zip(KINDS, thresholds, strict=True))
+    p, labels, threshold = p.numpy(), reviews.labels, dict(zip(KINDS, thresholds, strict=True))
     results = {"checkpoint": str(trained.path), "reviews": reviews.name, "n": len(p), "boundary": threshold}
     table = {"row": reviews.rows, "text": reviews.texts, "p": p.tolist(), "prediction": predictions[calibrate]}
-    labels = None if reviews.labels is None else np.array(reviews.labels)
-    what, groups = "positive", {"all": p}
-    rates = [np.mean(np.array(predicted) == (1 if labels is None else labels)) for predicted in predictions]
-    if labels is not None:
-        what, groups = "accuracy", {"truly bad": p[labels == 0], "truly good": p[labels == 1]}
-        table["label"] = reviews.labels
-        results["accuracy"] = dict(zip(KINDS, rates, strict=True))
-        results["majority-share"] = max(labels.mean(), 1 - labels.mean())
-        results["auc"] = area_under_roc(p, labels)
-    for rate, kind in zip(rates, KINDS, strict=True):
+    right, what = (1, "positive") if labels is None else (np.array(labels), "accuracy")
+    rates = {
+        kind: np.mean(np.array(predicted) == right) for kind, predicted in zip(KINDS, predictions, strict=True)
+    }
+    for kind, rate in rates.items():
         print("  " + bold(f"{rate:6.1%}") + f"  {what} {kind}, threshold {threshold[kind]:.4f}")
     if labels is not None:
-        print(f"  {0.5:6.1%}  a coin flip\n  {results['majority-share']:6.1%}  always this set's majority class")
-        print(f"  {results['auc']:6.3f}  AUC: 0.5 is chance, 1 ranks every positive above every negative")
+        table["label"], majority, auc = labels, max(right.mean(), 1 - right.mean()), area_under_roc(p, right)
+        results |= {"accuracy": rates, "majority-share": majority, "auc": auc}
+        print(f"  {0.5:6.1%}  a coin flip\n  {majority:6.1%}  always this set's majority class")
+        print(f"  {auc:6.3f}  AUC: 0.5 is chance, 1 ranks every positive above every negative")
 
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([table, *zip(*table.values(), strict=True)])
     write_atomically(folder / "classification.csv", file.getvalue())
     write_atomically(folder / "classification.json", json_text({**results, "predictions": KINDS[calibrate]}))
     try:
-        plot_histogram(groups, threshold, f"{trained.path}, {reviews.name}", folder / "classification.png")
+        plot_histogram(p, labels, threshold, f"{trained.path}, {reviews.name}", folder / "classification.png")
     except Exception as error:  # no matplotlib, for example: no reason to lose the rest
         show_note(f"Could not draw classification.png: {first_line(error)}")
     other = ("generate.py", trained.path) if calibrate else ("classify.py", trained.path, "--calibrate")
@@ -164,14 +161,18 @@ def area_under_roc(p: np.ndarray, labels: np.ndarray) -> float:
     return float((smaller + not_larger).mean() / (2 * len(negative)))
 
 
-def plot_histogram(groups: dict[str, np.ndarray], thresholds: dict[str, float], title: str, path: Path) -> None:
-    """Plot how p(positive) is distributed in each group of texts, with the thresholds."""
+def plot_histogram(
+    p: np.ndarray, labels: list[int] | None, thresholds: dict[str, float], title: str, path: Path
+) -> None:
+    """Plot how p(positive) is distributed among the bad and the good texts, with the thresholds."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a display
 
+    groups = {"all": p}
+    if labels is not None:
+        groups = {"truly bad": p[np.array(labels) == 0], "truly good": p[np.array(labels) == 1]}
     figure = Figure((8, 4.5), layout="constrained")
     axes = figure.subplots()
-    everything = np.concatenate(list(groups.values()))
-    bins = np.linspace(everything.min(), everything.max() + 1e-6, 41)
+    bins = np.linspace(p.min(), p.max() + 1e-6, 41)
     for (name, values), colour in zip(groups.items(), ("#c2513c", "#2f8f6b"), strict=False):
         axes.hist(values, bins, color=colour, alpha=0.55, label=f"{name} ({len(values)} texts)")
     for (name, threshold), line in zip(thresholds.items(), (":", "--"), strict=True):
