@@ -19,6 +19,7 @@ README = Path(__file__).resolve().parent / "starter_README.md"
 # What both editions have; a pattern that matches no file is an error.
 COPIED = (
     *("LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", "prefixs.json", "report/template.tex"),
+    "docs/assignment.md",
     # Of the configurations only those that answer no question: tuning (2.5) and the final model (2.6) do.
     *("configs/GPT-tiny.yaml", "configs/smoke.yaml", "support/*.py", "tests/*.py", "tests/mistakes/*.py"),
     *("data/README.md", "data/*.py", "data/gpt2.tiktoken", "data/sample.npz", "data/*.jsonl"),

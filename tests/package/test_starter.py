@@ -127,18 +127,19 @@ def test_what_is_left_out(starter):
     expected |= {"tests/submit.py", "tests/points.py", "tests/checks.py", "report/template.tex", "data/prepare.py"}
     expected |= {f"tests/test_{name}" for name in make_starter.GRADED} | set(make_starter.GRADED)
     assert expected <= files, f"missing: {sorted(expected - files)}"
-    for word in ("instructor/", "tests/package/", "docs/", "tokens.npz", "model.pt", "config.yaml", ".pdf"):
+    for word in ("instructor/", "tests/package/", "tokens.npz", "model.pt", "config.yaml", ".pdf"):
         assert not [file for file in files if word in file], f"{word}: must be left out"
-    answers = [f for f in files if f.startswith(("configs/", "report/"))]
-    assert sorted(answers) == ["configs/GPT-tiny.yaml", "configs/smoke.yaml", "report/template.tex"]
+    answers = sorted(f for f in files if f.startswith(("configs/", "docs/", "report/")))
+    given = ["configs/GPT-tiny.yaml", "configs/smoke.yaml", "docs/assignment.md", "report/template.tex"]
+    assert answers == given
 
 
 def test_the_readme_is_the_homework(starter):
-    text = (starter / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"\b(?:configs|data|docs|report|support|tests)/[\w./-]*\w", text))
+    readme, text = ((starter / name).read_text(encoding="utf-8") for name in ("README.md", "docs/assignment.md"))
+    named = set(re.findall(r"\b(?:configs|data|docs|report|support|tests)/[\w./-]*\w", readme + text))
     named -= {"data/tokens.npz", "configs/mine.yaml", "report/template.pdf"}  # fetched, or made by the student
     assert not [path for path in sorted(named) if not (starter / path).exists()]
-    questions = re.findall(r"^\*\*(\d\.\d)\*\* \((written|code), (\d+)\)", text, flags=re.MULTILINE)
+    questions = re.findall(r"^- \*\*(\d\.\d)\*\* \((written|code), (\d+)\)", text, flags=re.MULTILINE)
     in_template = re.findall(
         r"\\question\{([\d.]+)\}\{(\d+) points", (starter / "report/template.tex").read_text()
     )
