@@ -4,7 +4,7 @@
     python data/build.py wikipedia enwik8.gz           data/heldout-wikipedia.npz, the other pages as .jsonl.gz
     python data/build.py mixture sample:5 web_open.jsonl.gz:2 wikipedia_2014.jsonl.gz:1 wikipedia_2006.jsonl.gz:1
 
-The mixture is a folder of tokens, outputs/report/mixture: the documents of the sources in random order, each as
+The mixture is a folder of tokens, outputs/report/NAME: the documents of the sources in random order, each as
 many times as the number after the colon says. No training document shares N_WORDS words in a row with a held-out
 one: those that would are left out. The same input gives the same tokens; data/README.md lists the sha256 sums.
 """
@@ -110,8 +110,8 @@ def build_wikipedia(source: str) -> None:
     print(f"{len(pages):,} pages: outputs/report/wikipedia_2006.jsonl.gz")
 
 
-def build_mixture(*sources: str) -> None:
-    """outputs/report/mixture: train.npy from the sources, val.npy of the sample."""
+def build_mixture(*sources: str, name: str = "mixture") -> None:
+    """outputs/report/NAME: train.npy from the sources, val.npy of the sample."""
     sample = np.load(SAMPLE)
     held_out = decode_documents(sample["val"]) + decode_documents(np.load(HELD_OUT)["val"])
     documents, order = [], []
@@ -126,7 +126,7 @@ def build_mixture(*sources: str) -> None:
         order += int(weight) * list(range(len(documents), len(documents) + len(kept)))
         documents += kept
     random.Random(SEED).shuffle(order)
-    folder = OUTPUTS / "mixture"
+    folder = OUTPUTS / name
     folder.mkdir(parents=True, exist_ok=True)
     for split, tokens in (("train", np.concatenate([documents[i] for i in order])), ("val", sample["val"])):
         np.save(folder / f"{split}.npy", tokens)
@@ -151,9 +151,10 @@ def main(argv: list[str] | None = None) -> None:
     builders = {"sample": build_sample, "wikipedia": build_wikipedia, "mixture": build_mixture}
     parser.add_argument("what", choices=list(builders))
     parser.add_argument("sources", nargs="+", metavar="SOURCE")
+    parser.add_argument("--name", default="mixture", help="of the mixture (default: mixture)")
     args = parser.parse_args(argv)
     with exit_on_user_error():
-        builders[args.what](*args.sources)
+        builders[args.what](*args.sources, **({"name": args.name} if args.what == "mixture" else {}))
 
 
 if __name__ == "__main__":
