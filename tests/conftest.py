@@ -2,7 +2,6 @@
 
 import os
 import random
-import socket
 import sys
 from pathlib import Path
 
@@ -37,31 +36,6 @@ def pytest_collection_modifyitems(config, items):
     if soak:
         items[:] = [item for item in items if item not in soak]
         config.hook.pytest_deselected(items=soak)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_network():
-    """Connections that leave this machine fail with a message; loopback and Unix sockets work."""
-    connect, resolve = socket.socket.connect, socket.getaddrinfo
-
-    def check(host):
-        host = host.decode() if isinstance(host, bytes) else str(host or "localhost")
-        if host not in ("localhost", "::1") and not host.startswith("127."):
-            raise OSError(f"tests run without network, but something asked for {host!r}")
-
-    def guarded_connect(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6):
-            check(address[0])
-        return connect(self, address)
-
-    def guarded_resolve(host, *args, **kwargs):
-        check(host)
-        return resolve(host, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket.socket, "connect", guarded_connect)
-        patch.setattr(socket, "getaddrinfo", guarded_resolve)
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -64,6 +64,8 @@ class Mixer(nn.Module):
 class PlainLM(nn.Module):
     """A language model with DecoderLM's interface, but without attention."""
 
+    flops_per_token = 1
+
     def __init__(self, n_vocab, n_embd, n_head, n_positions, n_layer, p_dropout=0.1):
         super().__init__()
         self.n_vocab, self.n_embd, self.n_positions, self.n_layer = n_vocab, n_embd, n_positions, n_layer
@@ -91,20 +93,6 @@ class PlainLM(nn.Module):
     def forward(self, input_ids, attention_mask=None):
         hidden = self.hidden_states(input_ids, attention_mask)
         return self.token_logits(hidden)
-
-
-class Bigrams(nn.Module):
-    """Predicts the next token from the present one alone: for the training loop any model will do."""
-
-    flops_per_token = 1
-
-    def __init__(self, n_vocab: int, n_embd: int):
-        super().__init__()
-        self.token_embeddings = nn.Embedding(n_vocab, n_embd)
-        self.linear = nn.Linear(n_embd, n_vocab)
-
-    def forward(self, input_ids, attention_mask=None):
-        return self.linear(self.token_embeddings(input_ids))
 
 
 @torch.no_grad()

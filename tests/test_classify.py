@@ -145,20 +145,18 @@ class TestClassifyBinarySentiment:
 
 @pytest.mark.advice("3.4", "classify_binary_sentiment")
 class TestMoreOfClassifyBinarySentiment:
-    def test_equal_logits_are_not_positive(self):
-        logits, what = logits_for([0.5, 0.6, 0.5, 0.4]), "p(positive) 0.5, 0.6, 0.5, 0.4"
-        check_labels(logits, False, [0, 1, 0, 0], what, mistakes.EQUAL_LOGITS)
-
-    def test_the_median_itself_is_not_positive(self):
-        logits, what = logits_for(NINE, others=OTHERS_OF_NINE), "nine p(positive), all above 0.5"
-        check_labels(logits, True, [1, 0, 0, 1, 1, 0, 0, 1, 0], what, mistakes.MIDDLE_ROW)
-        logits, what = logits_for([0.3, 0.9, 0.6, 0.2]), "p(positive) 0.3, 0.9, 0.6, 0.2"
-        check_labels(logits, True, [0, 1, 1, 0], what, mistakes.EVEN_NUMBER)
-
-    def test_equal_rows_are_all_negative_when_calibrated(self):
-        check_labels(logits_for([0.8] * 5), True, [0] * 5, "p(positive) 0.8 five times", mistakes.EQUAL_ROWS)
-        logits, what = logits_for([0.7, 0.3, 0.7, 0.7]), "p(positive) 0.7, 0.3, 0.7, 0.7"
-        check_labels(logits, True, [0] * 4, what, mistakes.MOSTLY_EQUAL_ROWS)
+    @pytest.mark.parametrize(
+        "p, calibrate, right",
+        [
+            ([0.5, 0.6, 0.5, 0.4], False, [0, 1, 0, 0]),
+            (NINE, True, [1, 0, 0, 1, 1, 0, 0, 1, 0]),
+            ([0.3, 0.9, 0.6, 0.2], True, [0, 1, 1, 0]),
+            ([0.8] * 5, True, [0] * 5),
+            ([0.7, 0.3, 0.7, 0.7], True, [0] * 4),
+        ],
+    )
+    def test_rows_at_the_boundary_are_negative(self, p, calibrate, right):
+        check_labels(logits_for(p), calibrate, right, f"p(positive) {p}", mistakes.ties(p, calibrate))
 
     def test_template_and_labels(self):
         assert "{text}" in classify.YELP_TEMPLATE, "YELP_TEMPLATE: expected a place {text} for the review"

@@ -5,10 +5,8 @@ Tests marked `question` give points; those marked `advice` test what this packag
 """
 
 import math
-import random
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from checks import check_close, check_equal, check_rows, explained
@@ -269,14 +267,6 @@ class TestMoreOfGenerate:
         check_equal(model.training, mode == "training", what, hint=hint)
         for prefix, text in zip(PREFIXES, texts, strict=True):
             check_greedy(prefix, text, hint="is dropout off while generating?", model=model)
-
-    def test_the_seed_of_torch_repeats_a_sample(self, generate_texts):
-        texts = []
-        for _ in range(2):
-            torch.manual_seed(3)
-            texts.append(generate_texts(PREFIXES, 2, temperature=3.0))
-            random.random(), np.random.rand()  # draws of other generators must not matter
-        check_equal(texts[1], texts[0], "texts after the same torch.manual_seed")
 
     def test_no_prefixes_no_texts(self, generate_texts):
         check_equal(generate_texts([]), [], "texts for no prefixes")

@@ -70,23 +70,17 @@ class TestQKTV:
     def test_each_head_gets_its_slice_of_the_features(self, mha):
         # Feature d of token s in row b is 1000 b + 100 s + d, so that a wrong number shows where it came from.
         x = torch.arange(B).view(B, 1, 1) * 1000.0 + torch.arange(S).view(S, 1) * 100 + torch.arange(D)
-        make_identity(mha.q_attn)
-        make_identity(mha.k_attn, factor=2.0)
-        make_identity(mha.v_attn, factor=-1.0, bias=0.5)
-        q, kT, v = mha.q_kT_v(x)
-        of_x = x, 2 * x, 0.5 - x
-        check_close(q, split_heads(x, H), "q", mistakes.queries(*of_x, H))
-        hint = "kT is B×H×HD×S: keys, last two swapped"
-        check_close(kT, split_heads(2 * x, H).transpose(2, 3), "kT", mistakes.keys(*of_x, H), hint)
-        check_close(v, split_heads(0.5 - x, H), "v", mistakes.values(*of_x, H))
-
-    def test_each_projection_has_its_own_weights(self, mha):
-        x = torch.randn(B, S, D)
-        q, kT, v = mha.q_kT_v(x)
-        check_close(q, split_heads(mha.q_attn(x), H), "q of random weights", mistakes.projected(mha, x, "q", H))
-        k = kT.transpose(2, 3)
-        check_close(k, split_heads(mha.k_attn(x), H), "k of random weights", mistakes.projected(mha, x, "k", H))
-        check_close(v, split_heads(mha.v_attn(x), H), "v of random weights", mistakes.projected(mha, x, "v", H))
+        make_identity(mha.q_attn, bias=0.25)
+        make_identity(mha.k_attn, factor=2.0, bias=0.5)
+        make_identity(mha.v_attn, factor=-1.0, bias=0.75)
+        q, k, v = x + 0.25, 2 * x + 0.5, 0.75 - x
+        got_q, got_kT, got_v = mha.q_kT_v(x)
+        wrong = {"k": k, "v": v, "q without its bias": x}
+        check_close(got_q, split_heads(q, H), "q", mistakes.heads_of(q, wrong, H))
+        wrong, hint = {"q": q, "v": v, "k without its bias": 2 * x}, "kT is B×H×HD×S: keys, last two swapped"
+        check_close(got_kT, split_heads(k, H).transpose(2, 3), "kT", mistakes.keys(k, wrong, H), hint)
+        wrong = {"k": k, "q": q, "v without its bias": -x}
+        check_close(got_v, split_heads(v, H), "v", mistakes.heads_of(v, wrong, H))
 
 
 # --- self_attention, projection and forward of MultiHeadAttention ---
@@ -100,16 +94,9 @@ def qkv():
 
 @pytest.mark.question("1.3", "self_attention")
 class TestSelfAttention:
-    def test_weights_of_each_query_sum_to_one(self, mha, qkv):
-        q, kT, v = qkv
-        got = mha.self_attention(q, kT, torch.ones_like(v))
-        check_shape(got, (B, S, D), "self_attention", hint="are the heads merged at the end?")
-        hint = "each query's weights must sum to 1: does softmax run over the keys, is dropout off here?"
-        wrong = mistakes.sums_of_weights(q, kT)
-        check_close(got, torch.ones(B, S, D), "attention over values that are all 1", wrong, hint)
-
     def test_equals_scaled_dot_product_attention(self, mha, qkv):
         got = mha.self_attention(*qkv)
+        check_shape(got, (B, S, D), "self_attention", hint="are the heads merged at the end?")
         check_close(got, attention(*qkv, CAUSAL), "self_attention", mistakes.self_attention(*qkv))
 
     def test_large_scores_do_not_overflow(self, mha, qkv):
@@ -160,9 +147,6 @@ class TestSelfAttention:
         kept = got[..., 0] * torch.arange(1, n_tokens + 1)[:, None] / 2
         hint = "kept weights must be scaled by 1/(1 - p) and not normalised again"
         check_close(kept, kept.round(), "the weights that dropout kept, counted", hint=hint, atol=1e-3)
-        # B H n (n + 1) / 2 = 7650, each kept with 1/2: mean 3825, sigma sqrt(7650)/2 = 44, 5 of them 219
-        total = kept.sum().item()
-        assert abs(total - 3825) < 219, f"{what}, p = 0.5: expected about 3825 of 7650 kept, got {total:.0f}"
 
     def test_projection_then_dropout(self, mha):
         x = torch.randn(B, S, D)
@@ -194,17 +178,16 @@ class TestSelfAttention:
 class TestMoreOfSelfAttention:
     def test_a_query_without_any_key_gets_zero(self, mha, qkv):
         got = mha.self_attention(*qkv, LEFT_PADDED)[0, 0]  # the first token of row 0 sees only padding
-        wrong = mistakes.query_without_any_key(qkv[2][0])
+        wrong = {"all keys at the same lowest score, so softmax averages every value": qkv[2][0].mean(1).flatten()}
         check_close(got, torch.zeros(D), "a query whose keys are all padding", wrong, atol=0.0)
 
     @pytest.mark.parametrize("S_q", [1, 2])
-    @pytest.mark.parametrize("mask", [None, LEFT_PADDED], ids=["no padding", "left padding"])
-    def test_fewer_queries_than_keys_are_those_of_the_last_tokens(self, mha, qkv, S_q, mask):
+    def test_fewer_queries_than_keys_are_those_of_the_last_tokens(self, mha, qkv, S_q):
         q, kT, v = qkv
         what = f"self_attention of {S_q} queries and {S} keys (decoding with cached keys)"
         with explained(f"{what}: expected a tensor", "is the causal mask S_q×S_k?", RuntimeError):
-            got = mha.self_attention(q[:, :, -S_q:], kT, v, mask)
-        check_close(got, mha.self_attention(q, kT, v, mask)[:, -S_q:], what)
+            got = mha.self_attention(q[:, :, -S_q:], kT, v, LEFT_PADDED)
+        check_close(got, mha.self_attention(q, kT, v, LEFT_PADDED)[:, -S_q:], what)
 
 
 # --- FeedForward and DecoderBlock ---
@@ -212,28 +195,12 @@ class TestMoreOfSelfAttention:
 
 @pytest.mark.question("1.3", "FeedForward and DecoderBlock")
 class TestFeedForward:
-    def test_exact_gelu_of_four_times_the_width(self):
-        n_embd = 6
-        ff = FeedForward(n_embd).eval()
-        check_shape(ff.linear_in.weight, (24, 6), "linear_in.weight", hint="is the width 4·n_embd?")
-        check_shape(ff.linear_out.weight, (6, 24), "linear_out.weight", hint="is the width 4·n_embd?")
-        # Hidden unit 6 c + d is x[d] + offset[c]; output d sums its four copies with the factors 1, 2, 3, 4.
-        offsets, factors, x = [0.0, 0.5, -1.0, 2.0], [1.0, 2.0, 3.0, 4.0], [-2.0, -1.0, -0.3, 0.4, 1.0, 2.0]
-        copies = torch.eye(n_embd).repeat(4, 1)
-        with torch.no_grad():
-            ff.linear_in.weight.copy_(copies)
-            ff.linear_in.bias.copy_(torch.tensor(offsets).repeat_interleave(n_embd))
-            ff.linear_out.weight.copy_(copies.T * torch.tensor(factors).repeat_interleave(n_embd))
-            ff.linear_out.bias.fill_(7.0)
-
-        def output(activation=float, before=float, after=float):
-            pairs = list(zip(factors, offsets, strict=True))
-            return [[[after(7 + sum(f * activation(before(u) + o) for f, o in pairs)) for u in x]]]
-
-        wrong = {name: output(activation) for name, activation in mistakes.ACTIVATIONS.items()}
-        wrong["GELU before linear_in: it belongs after it"] = output(before=mistakes.gelu)
-        wrong["GELU after linear_out: it belongs before it"] = output(after=mistakes.gelu)
-        check_close(ff(torch.tensor([[x]])), output(mistakes.gelu), "FeedForward", wrong)
+    def test_exact_gelu_of_four_times_the_width(self, randomise):
+        ff, x = randomise(FeedForward(D)).eval(), torch.randn(B, S, D)
+        check_shape(ff.linear_in.weight, (4 * D, D), "linear_in.weight", hint="is the width 4·n_embd?")
+        check_shape(ff.linear_out.weight, (D, 4 * D), "linear_out.weight", hint="is the width 4·n_embd?")
+        right, wrong = mistakes.feed_forward(ff, x)
+        check_close(ff(x), right, "FeedForward", wrong)
 
     def test_dropout_on_the_result_in_training_only(self):
         ff = FeedForward(D, p_dropout=0.5)

@@ -1,7 +1,7 @@
 """Question 2.1: train.py. Only the resulting numbers count, not how a solution arrives at them.
 
 The training loop is observed from the optimizer, which notes the gradients, weights and rate of each step. Its
-model is a table of bigrams, and its loss a right one, so that other mistakes cost no points here.
+model is a stand-in, and its loss a right one, so that other mistakes cost no points here.
 Tests marked `question` give points; those marked `advice` test what this package adds to the handout.
 """
 
@@ -17,7 +17,7 @@ import torch
 import wandb
 from checks import check_close, check_equal, check_shape, explained
 from mistakes import train as mistakes
-from stand_ins import Bigrams, language_model
+from stand_ins import PlainLM
 
 import train
 
@@ -26,7 +26,7 @@ V, LN2 = 11, math.log(2)
 
 @pytest.fixture
 def lm(randomise):
-    return randomise(Bigrams(V, 6)).train()
+    return randomise(PlainLM(V, 6, 2, 8, n_layer=1, p_dropout=0.0)).train()
 
 
 def plain_loss(model):
@@ -97,10 +97,6 @@ class TestRandomBatchSampler:
         assert counts[0] > 0, f"{what}: the first, 0, is never drawn"
         hint = "" if counts[1:4].any() else "a row may start anywhere, not only at multiples of seq_len"
         check_close(counts, torch.full((9,), 4000 / 9), f"how often of 4000 {what} are drawn", hint=hint, atol=99)
-
-    def test_a_corpus_of_one_row_is_enough(self):
-        batch = next(iter(train.random_batch_sampler(torch.arange(5), "cpu", 2, 5)))
-        check_close(batch, torch.arange(5).expand(2, 5), "batches of a corpus of exactly seq_len tokens")
 
 
 @pytest.mark.advice("2.1", "random_batch_sampler")
@@ -240,15 +236,11 @@ class TestLanguageModelingLoss:
         hint = "log of a softmax overflows: use torch's cross entropy"
         check_close(loss, 200.0, "the loss of logits of 200", hint=hint)
 
-    def test_gradient_reaches_every_prediction(self):
-        logits = self.logits().requires_grad_()
-        loss = train.compute_language_modeling_loss(self.ids, logits)
+    def test_the_loss_has_a_gradient(self):
+        loss = train.compute_language_modeling_loss(self.ids, self.logits().requires_grad_())
         assert getattr(loss, "requires_grad", False), (
             "the loss has no gradient: expected a tensor on the graph (no .item(), no .detach())"
         )
-        loss.backward()
-        used = (logits.grad.abs().sum(dim=-1) > 0).long()
-        check_close(used, [[1, 1, 1, 0]] * 2, "which positions' logits get a gradient", mistakes.POSITIONS_USED)
 
 
 # --- train ---
@@ -435,19 +427,18 @@ class TestMoreOfTrain:
         what = f"the gradient, grad_clip = {share} times its norm"
         check_close(optimizer.seen[0]["gradient"], right, what, wrong)
 
-    @pytest.mark.parametrize("grad_clip", [None, 1.0])
     @pytest.mark.parametrize("what", ["loss", "gradient"])
-    def test_what_is_not_finite_never_reaches_the_weights(self, lm, wandb_log, grad_clip, what):
-        takes(train.train, "loss_fn", "grad_clip")
+    def test_what_is_not_finite_never_reaches_the_weights(self, lm, wandb_log, what):
+        takes(train.train, "loss_fn")
 
         def loss_fn(ids):
             # The square root has the value 0 and an infinite slope at 0; 0/0 is NaN.
-            zero = 0.0 * lm.linear.bias.sum()
+            zero = 0.0 * lm.ln.bias.sum()
             return plain_loss(lm)(ids) + (zero.sqrt() if what == "gradient" else zero / 0.0)
 
-        weights, options = copy.deepcopy(lm.state_dict()), {"loss_fn": loss_fn, "grad_clip": grad_clip}
+        weights = copy.deepcopy(lm.state_dict())
         with pytest.raises((FloatingPointError, RuntimeError)):
-            train.train(lm, random_batches(), WatchedSGD(lm), lambda t: 0.1, nullcontext(), 2, **options)
+            train.train(lm, random_batches(), WatchedSGD(lm), lambda t: 0.1, nullcontext(), 2, loss_fn=loss_fn)
         changed = [name for name, value in lm.state_dict().items() if not torch.equal(value, weights[name])]
         check_equal(changed, [], f"weights changed by a {what} that is not finite")
 
@@ -475,7 +466,7 @@ class TestEvaluate:
 
     @pytest.mark.parametrize("mode", ["training", "evaluation"])
     def test_leaves_the_model_as_it_was(self, randomise, mode):
-        model = language_model(randomise, V, 6, 2, 8, n_layer=1, p_dropout=0.5)
+        model = randomise(PlainLM(V, 6, 2, 8, n_layer=1, p_dropout=0.5)).eval()
         right, weights, seen = plain_loss(model)(self.batches[0]), copy.deepcopy(model.state_dict()), []
         model.train(mode == "training").register_forward_pre_hook(
             lambda model, _: seen.append((model.training, torch.is_grad_enabled()))
@@ -489,12 +480,6 @@ class TestEvaluate:
 
     def test_another_loss(self, lm):
         takes(train.evaluate, "loss_fn")
-        losses, seen = iter([2.0, 6.0]), []
-
-        def loss_fn(ids):
-            seen.append((ids.tolist(), lm.training, torch.is_grad_enabled()))
-            return torch.tensor(next(losses))
-
-        got = train.evaluate(lm.train(), self.batches, loss_fn=loss_fn)
-        check_equal(seen, [(ids.tolist(), False, False) for ids in self.batches], "input ids, mode and gradients")
+        losses = iter([torch.tensor(2.0), torch.tensor(6.0)])
+        got = train.evaluate(lm, self.batches, loss_fn=lambda ids: next(losses))
         check_close(got["val-loss"], (15 * 2 + 3 * 6) / 18, "val-loss, with a loss_fn that gives 2 and 6")

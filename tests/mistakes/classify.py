@@ -56,14 +56,12 @@ SWAPPED = "tokens_of_interest is [negative, positive], here swapped"
 WHOLE_VOCABULARY = "probabilities of the whole vocabulary, not of the two tokens"
 NOT_CALIBRATED = "calibrate ignored: boundary 0.5"
 OUTLIERS = "a boundary that a few extreme rows can move, so that most rows get one label"
-TIES_ARE_POSITIVE = "ties counted as positive: compare with >, not >="
 
 LIKELIER_TOKEN = {  # 0.9, 0.2, 0.51, 0.49, 0.7
     SWAPPED: [0, 1, 0, 1, 0],
     WHOLE_VOCABULARY: [0, 0, 0, 0, 0],
     "calibrated though calibrate is False": [1, 0, 0, 0, 1],
 }
-EQUAL_LOGITS = {TIES_ARE_POSITIVE: [1, 1, 1, 0], SWAPPED: [0, 0, 0, 1]}  # 0.5, 0.6, 0.5, 0.4
 BOUNDARY_ABOVE_ONE_HALF = {  # 0.97, 0.55, 0.6, 0.66, 0.62, 0.51, 0.58, 0.98, 0.59
     NOT_CALIBRATED: [1, 1, None, 1, 1, 1, 1, 1, 1],
     f"{OUTLIERS}: the mean, or the middle of the range": [1, 0, None, 0, 0, 0, 0, 1, 0],
@@ -74,19 +72,19 @@ BOUNDARY_BELOW_ONE_HALF = {  # 0.1, 0.22, 0.2, 0.45, 0.15, 0.48, 0.12
     f"{NOT_CALIBRATED}, or calibrated only upwards": [0, 0, None, 0, 0, 0, 0],
     f"{OUTLIERS}: the mean": [0, 0, None, 1, 0, 1, 0],
 }
-MIDDLE_ROW = {f"{TIES_ARE_POSITIVE}; or more rows are made 1 than 0": [1, 0, 1, 1, 1, 0, 0, 1, 0]}
-EVEN_NUMBER = {  # 0.3, 0.9, 0.6, 0.2
-    "only one of four rows is made 1": [0, 1, 0, 0],
-    TIES_ARE_POSITIVE: [1, 1, 1, 0],
-}
-EQUAL_ROWS = {  # 0.8 five times
-    f"{TIES_ARE_POSITIVE}; or calibrate ignored": [1, 1, 1, 1, 1],
-    "ties broken by order: equal rows must get equal labels": [0, 0, 0, 1, 1],
-    "ties broken by order, the first ones positive": [1, 1, 0, 0, 0],
-}
-MOSTLY_EQUAL_ROWS = {  # 0.7, 0.3, 0.7, 0.7
-    "ties broken by order: half of the rows are made positive": [1, 0, 1, 0],
-    TIES_ARE_POSITIVE: [1, 0, 1, 1],
-    NOT_CALIBRATED: [1, 0, 1, 1],
-}
 LARGE_LOGITS = {"exp overflows: use torch's softmax": [0, 0]}
+
+
+def ties(p, calibrate):
+    """p: p(positive) of each row, some of which equal the boundary."""
+    middle = (len(p) - 1) // 2
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    boundary = p[order[middle]] if calibrate else 0.5
+    return {
+        "ties counted as positive: compare with >, not >=": [int(x >= boundary) for x in p],
+        "the upper middle value": [int(x > p[order[len(p) // 2]]) for x in p],
+        "ties broken by order: equal rows must get equal labels": [
+            int(order.index(i) > middle) for i in range(len(p))
+        ],
+        NOT_CALIBRATED: [int(x > 0.5) for x in p],
+    }

@@ -1,7 +1,8 @@
 """Common mistakes in generate.py (question 3.1) and what they give, for tests/test_generate.py."""
 
+from functools import partial
+
 import torch
-from torch.func import functional_call
 
 
 def softmax_with_temperature(logits, temperature):
@@ -33,12 +34,10 @@ def continued(prompt: list[int], n_new: int, choose, end: int | None = None) -> 
 
 
 @torch.no_grad()
-def likeliest(model, ids, mask=None, position=-1, places=None):
-    """The arg max of the logits at a position; `places` gives each position another row of the embeddings."""
-    weight = model.position_embeddings.weight
-    parameters = {} if places is None else {"position_embeddings.weight": weight[places]}
+def likeliest(model, ids, mask=None, position=-1):
+    """The arg max of the logits at a position."""
     mask = None if mask is None else torch.tensor([mask], dtype=torch.float)
-    return functional_call(model, parameters, (torch.tensor([ids]), mask))[0, position].argmax().item()
+    return model(torch.tensor([ids]), mask)[0, position].argmax().item()
 
 
 def greedy(model, prompt: list[int], n_new: int, end: int | None = None) -> list[int]:
@@ -55,16 +54,13 @@ def of_greedy_text(model, tokenizer, prefix, n_new, text, n_padding=0) -> str:
     P, end = len(model.position_embeddings.weight), tokenizer.eot_token
     prompt = tokenizer.encode_ordinary(prefix) or [end]
     characters = tokenizer.encode_ordinary(prefix[-P:])
-    n, places, pad = len(prompt), torch.arange(P), [end] * n_padding
+    n, pad = len(prompt), [end] * n_padding
 
-    def best(*args, **kwargs):
-        return likeliest(model, *args, **kwargs)
+    best = partial(likeliest, model)
 
     def without_blocks(ids):
         return model.token_logits(model.ln(model.embed(torch.tensor([ids]))))[0, -1].argmax().item()
 
-    too_low = torch.where(places < n, places, places - 1)
-    too_high = torch.where(places < n, places, places + 1).clamp(max=P - 1)
     choices = {  # name -> what it chooses as new token i, after all ids before it
         "encode(text)[-P:], not encode(text[-P:]): n_positions counts tokens, not characters": (
             lambda i, ids: best((characters + ids[n:])[-P:])
@@ -84,8 +80,6 @@ def of_greedy_text(model, tokenizer, prefix, n_new, text, n_padding=0) -> str:
         "the logits of the last position but one": (
             lambda i, ids: best(ids[-P:], position=-2) if len(ids) > 1 else None
         ),
-        "positions of the new tokens are one too low": lambda i, ids: best(ids[-P:], places=too_low),
-        "positions of the new tokens are one too high": lambda i, ids: best(ids[-P:], places=too_high),
     }
     if n_padding:
         choices |= {
@@ -99,13 +93,12 @@ def of_greedy_text(model, tokenizer, prefix, n_new, text, n_padding=0) -> str:
             ),
         }
     right, longer = greedy(model, prompt, n_new, end), greedy(model, prompt, n_new + 1, end)
-    shorter = right[: P - n]
     texts = {
         "the prompt is returned with the continuation": tokenizer.decode(prompt + right),
         "one token more than max_new_tokens": tokenizer.decode(longer),
         "one token less than max_new_tokens": tokenizer.decode(right[:-1]),
         "<|endoftext|> belongs to no text": tokenizer.decode([*right, end]),
-        "generation ends where the window is full": tokenizer.decode(shorter),
+        "generation ends where the window is full": tokenizer.decode(right[: P - n]),
         "the text is stripped: return it as it is decoded": tokenizer.decode(right).strip(),
         "tokens joined by spaces: decode all of them at once": " ".join(tokenizer.decode([t]) for t in right),
     }

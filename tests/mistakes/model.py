@@ -1,6 +1,7 @@
 """Common mistakes in model.py (question 1.3) and the values they give, for tests/test_model.py."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -31,76 +32,30 @@ def _causal(S):
 # --- q_kT_v ---
 
 
-def _wrong_splits(x, n_head):
+def heads_of(x, others, n_head):
+    """x: what the right linear layer gives, (B, S, D); others: {name: what would be wrong in its place}."""
     B, S, D = x.shape
-    return {
+    wrong = {f"{name} in place of it": split_heads(other, n_head) for name, other in others.items()}
+    return wrong | {
         "heads interleaved: head h must take features h·HD to (h+1)·HD - 1": (
             x.view(B, S, D // n_head, n_head).permute(0, 3, 1, 2)
         ),
         "a view to (B, H, S, HD) mixes tokens and heads: split the last axis, then transpose": (
             x.view(B, n_head, S, D // n_head)
         ),
+        "already scaled": split_heads(x, n_head) / math.sqrt(D // n_head),
     }
 
 
-def queries(q, k, v, n_head):
-    """q, k and v: what the three linear layers give, (B, S, D)."""
-    right = split_heads(q, n_head)
-    return _wrong_splits(q, n_head) | {
-        "keys in place of queries": split_heads(k, n_head),
-        "q already scaled": right / math.sqrt(right.shape[-1]),
-    }
-
-
-def keys(q, k, v, n_head):
+def keys(k, others, n_head):
     right = split_heads(k, n_head)
-    wrong = {name: value.transpose(2, 3) for name, value in _wrong_splits(k, n_head).items()}
-    return wrong | {
+    return {name: value.transpose(2, 3) for name, value in heads_of(k, others, n_head).items()} | {
         "a view to (HD, S) in place of a transpose": right.reshape(right.transpose(2, 3).shape),
         "k, not yet transposed": right,
-        "queries in place of keys": split_heads(q, n_head).transpose(2, 3),
     }
-
-
-def values(q, k, v, n_head):
-    return _wrong_splits(v, n_head) | {
-        "keys in place of values": split_heads(k, n_head),
-        "queries in place of values": split_heads(q, n_head),
-    }
-
-
-def projected(mha, x, name, n_head):
-    """name: "q", "k" or "v"."""
-    layers = {"q": mha.q_attn, "k": mha.k_attn, "v": mha.v_attn}
-    wrong = {f"{other}_attn used for {name}": layers[other](x) for other in layers if other != name}
-    wrong[f"the bias of {name}_attn is left out"] = layers[name](x) - layers[name].bias
-    return {text: split_heads(value, n_head) for text, value in wrong.items()}
 
 
 # --- self_attention, projection, forward ---
-
-
-def sums_of_weights(q, kT):
-    """Attention over values that are all 1."""
-    B, H, S, HD = q.shape
-    scores, causal = q @ kT / math.sqrt(HD), _causal(S)
-
-    def sums(weights):
-        return merge_heads(weights.sum(dim=-1, keepdim=True).expand(B, H, S, HD))
-
-    return {
-        "softmax runs over the queries, it must run over the keys": (
-            sums(scores.masked_fill(~causal, -torch.inf).softmax(-2))
-        ),
-        "softmax runs over the heads, it must run over the keys": (
-            sums(scores.masked_fill(~causal, torch.finfo(scores.dtype).min).softmax(1))
-        ),
-        "softmax runs over the heads, masked after it": sums(scores.softmax(1) * causal),
-        "masked after softmax: mask the scores before it": sums(scores.softmax(-1) * causal),
-        "the causal mask is strict: a token must see itself": (
-            torch.ones(B, S, H * HD).index_fill(1, torch.tensor([0]), 0.0)
-        ),
-    }
 
 
 def self_attention(q, kT, v):
@@ -108,6 +63,7 @@ def self_attention(q, kT, v):
     causal = _causal(S)
     strict = causal.tril(-1)
     heads = split_heads(attention(q, kT, v, causal), H)
+    scores, lowest = q @ kT / math.sqrt(HD), torch.finfo(q.dtype).min
     # A first token that sees no key averages all values when its scores all have the same lowest value.
     first_sees_all = torch.where(strict.any(dim=1, keepdim=True), strict.float().log(), 0.0)
     q_0 = torch.cat([torch.zeros_like(q[:, :, :1]), q[:, :, 1:]], dim=2)
@@ -117,8 +73,15 @@ def self_attention(q, kT, v):
         "the causal mask is strict: a token must see itself": attention(q, kT, v, strict),
         "the causal mask is strict, and the first token sees all": attention(q_0, kT, v, first_sees_all),
         "masked scores are 0: make them -inf, or the lowest number, before softmax": (
-            merge_heads((q @ kT / math.sqrt(HD)).masked_fill(~causal, 0.0).softmax(-1) @ v)
+            merge_heads(scores.masked_fill(~causal, 0.0).softmax(-1) @ v)
         ),
+        "softmax runs over the queries, it must run over the keys": (
+            merge_heads(scores.masked_fill(~causal, -torch.inf).softmax(-2) @ v)
+        ),
+        "softmax runs over the heads, it must run over the keys": (
+            merge_heads(scores.masked_fill(~causal, lowest).softmax(1) @ v)
+        ),
+        "masked after softmax: mask the scores before it": merge_heads(scores.softmax(-1) * causal @ v),
         "the scores are not scaled by 1/sqrt(HD)": attention(q, kT, v, causal, scale=1.0),
         "the scores are multiplied by sqrt(HD), not divided": attention(q, kT, v, causal, scale=HD**0.5),
         "the scores are scaled twice": attention(q, kT, v, causal, scale=1 / HD),
@@ -144,28 +107,23 @@ def attention_with_padding(q, kT, v, mask):
     }
 
 
-def query_without_any_key(v):
-    """v (H, S, HD): the values of one row; its first token sees no key."""
-    return {
-        "all keys at the same lowest score, so softmax averages every value": v.mean(dim=1).flatten(),
-        "padding sees itself": v[:, 0].flatten(),
-    }
-
-
 # --- FeedForward, DecoderBlock ---
 
-ACTIVATIONS = {
-    "ReLU in place of GELU": lambda u: max(u, 0.0),
-    "the tanh approximation of GELU: the exact one uses erf": (
-        lambda u: 0.5 * u * (1 + math.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
-    ),
-    "SiLU in place of GELU": lambda u: u / (1 + math.exp(-u)),
-    "no activation": lambda u: u,
-}
 
+def feed_forward(ff, x):
+    """The right output of a FeedForward with these layers, and those of common mistakes."""
 
-def gelu(u):
-    return u * 0.5 * (1 + math.erf(u / math.sqrt(2)))
+    def through(activation):
+        return ff.linear_out(activation(ff.linear_in(x)))
+
+    return through(F.gelu), {
+        "ReLU in place of GELU": through(F.relu),
+        "the tanh approximation of GELU: the exact one uses erf": through(partial(F.gelu, approximate="tanh")),
+        "SiLU in place of GELU": through(F.silu),
+        "no activation": through(IDENTITY),
+        "GELU before linear_in: it belongs after it": ff.linear_out(ff.linear_in(F.gelu(x))),
+        "GELU after linear_out: it belongs before it": F.gelu(through(IDENTITY)),
+    }
 
 
 @torch.no_grad()
