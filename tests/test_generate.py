@@ -247,10 +247,6 @@ class TestMoreOfGenerate:
             assert "<|endoftext|>" not in text, f"text after {prefix!r}: expected no <|endoftext|>, got {text!r}"
             check_greedy(prefix, text, hint)
 
-    def test_a_row_that_ends_at_once_is_empty(self, lm, generate_texts, tokenizer):
-        with_constant_logits(lm, {tokenizer.eot_token: 5.0, ord("a"): 0.0})
-        check_equal(generate_texts(PREFIXES, batch_size=3), [""] * 5, "texts where <|endoftext|> comes first")
-
     def test_sampled_rows_end_at_endoftext(self, lm, generate_texts, tokenizer):
         with_constant_logits(lm, {tokenizer.eot_token: 0.0, ord("a"): 0.0})
         texts = generate_texts(["x", "longer"] * 200, 50, temperature=1.0)

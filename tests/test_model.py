@@ -400,17 +400,6 @@ class TestMoreOfDecoderLM:
         hint = "some dropout does not get p_dropout"
         check_close(without.train()(IDS), right, "logits in training, p_dropout = 0", hint=hint)
 
-    def test_logits_are_those_of_the_hidden_states(self, lm):
-        if not hasattr(lm, "hidden_states"):
-            pytest.skip("this DecoderLM has no hidden_states (optional)")
-        hidden = lm.hidden_states(IDS, LEFT_PADDED)
-        check_shape(hidden, (B, S, D), "hidden_states")
-        check_close(lm.token_logits(hidden), lm(IDS, LEFT_PADDED), "token_logits(hidden_states(…))")
-
     def test_flops_per_token(self, raw_lm):
         # 6 (231 + 273 + 2·5565 + 42) + 12·2·21·13, worked out by hand
         check_equal(raw_lm.flops_per_token, 76608, "flops_per_token")
-
-    @pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
-    def test_masks_of_other_types_mean_the_same(self, raw_lm, dtype):
-        check_close(raw_lm(IDS, WITH_A_HOLE.to(dtype)), raw_lm(IDS, WITH_A_HOLE), f"logits, mask of {dtype}")

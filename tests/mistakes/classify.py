@@ -1,5 +1,7 @@
 """Common mistakes in classify.py (question 3.4) and what they give, for tests/test_classify.py."""
 
+import math
+
 import torch
 
 # --- score: `rows` are the token ids of each text ---
@@ -49,42 +51,31 @@ def score_in_batches(model, rows, batch_size, pad_token):
     }
 
 
-# --- classify_binary_sentiment: the labels that each mistake gives, by the rows' p(positive) ---
-# None stands for a row whose p(positive) is a middle value: either label will do.
-
-SWAPPED = "tokens_of_interest is [negative, positive], here swapped"
-WHOLE_VOCABULARY = "probabilities of the whole vocabulary, not of the two tokens"
-NOT_CALIBRATED = "calibrate ignored: boundary 0.5"
-OUTLIERS = "a boundary that a few extreme rows can move, so that most rows get one label"
-
-LIKELIER_TOKEN = {  # 0.9, 0.2, 0.51, 0.49, 0.7
-    SWAPPED: [0, 1, 0, 1, 0],
-    WHOLE_VOCABULARY: [0, 0, 0, 0, 0],
-    "calibrated though calibrate is False": [1, 0, 0, 0, 1],
-}
-BOUNDARY_ABOVE_ONE_HALF = {  # 0.97, 0.55, 0.6, 0.66, 0.62, 0.51, 0.58, 0.98, 0.59
-    NOT_CALIBRATED: [1, 1, None, 1, 1, 1, 1, 1, 1],
-    f"{OUTLIERS}: the mean, or the middle of the range": [1, 0, None, 0, 0, 0, 0, 1, 0],
-    WHOLE_VOCABULARY: [1, 0, None, 0, 1, 0, 1, 0, 1],
-    SWAPPED: [0, 1, None, 0, 0, 1, 1, 0, 1],
-}
-BOUNDARY_BELOW_ONE_HALF = {  # 0.1, 0.22, 0.2, 0.45, 0.15, 0.48, 0.12
-    f"{NOT_CALIBRATED}, or calibrated only upwards": [0, 0, None, 0, 0, 0, 0],
-    f"{OUTLIERS}: the mean": [0, 0, None, 1, 0, 1, 0],
-}
-LARGE_LOGITS = {"exp overflows: use torch's softmax": [0, 0]}
+# --- classify_binary_sentiment ---
 
 
-def ties(p, calibrate):
-    """p: p(positive) of each row, some of which equal the boundary."""
-    middle = (len(p) - 1) // 2
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    boundary = p[order[middle]] if calibrate else 0.5
+def labels(p, others, calibrate):
+    """What each mistake gives. p: p(positive) of each row; others: the logit of the row's nine other tokens."""
+
+    def above(values, calibrate=calibrate):
+        boundary = sorted(values)[(len(values) - 1) // 2] if calibrate else 0.5
+        return [int(value > boundary) for value in values]
+
+    n, ordered, by_order = len(p), sorted(p), sorted(range(len(p)), key=lambda i: p[i])
+    middle = (n - 1) // 2
+    median = ordered[middle]
     return {
-        "ties counted as positive: compare with >, not >=": [int(x >= boundary) for x in p],
-        "the upper middle value": [int(x > p[order[len(p) // 2]]) for x in p],
-        "ties broken by order: equal rows must get equal labels": [
-            int(order.index(i) > middle) for i in range(len(p))
+        "calibrate is ignored" if calibrate else "calibrated though calibrate is False": above(p, not calibrate),
+        "tokens_of_interest is [negative, positive], here swapped": above([1 - x for x in p]),
+        "probabilities of the whole vocabulary, not of the two tokens": (
+            above([x / (1 + 9 * math.exp(other)) for x, other in zip(p, others, strict=True)])
+        ),
+        "the boundary is the mean, which a few extreme rows can move": [int(x > sum(p) / n) for x in p],
+        "the boundary is the middle of the range": [int(x > (ordered[0] + ordered[-1]) / 2) for x in p],
+        "calibrated only upwards": [int(x > max(0.5, median)) for x in p],
+        "ties counted as positive: compare with >, not >=": [int(x >= (median if calibrate else 0.5)) for x in p],
+        "the boundary is the upper middle value": [int(x > ordered[n // 2]) for x in p],
+        "ties broken by order: equal rows get equal labels": [
+            int(by_order.index(i) > (n - 1) // 2) for i in range(n)
         ],
-        NOT_CALIBRATED: [int(x > 0.5) for x in p],
     }
