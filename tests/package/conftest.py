@@ -1,11 +1,17 @@
 """Shared setup of the package's tests."""
 
+import os
 import signal
 import sys
 from pathlib import Path
 
 import matplotlib.figure
 import pytest
+import torch
+
+# The runs here are too small for several threads. The processes that tests start need the same number.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 # The scripts of these folders import each other as modules, and so do their tests.
 for folder in ("report", "instructor"):

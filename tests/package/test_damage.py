@@ -1,9 +1,13 @@
-"""Random damage to every kind of file: the command succeeds or ends with one sentence and exit status 2."""
+"""Random damage to every kind of file: the command succeeds or ends with one sentence, not with a traceback.
+
+The status is 2, or 1 where the file itself is whole but gives a model that computes nothing finite.
+"""
 
 import io
 import json
 import random
 import zipfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -52,11 +56,13 @@ def tiny(tmp_path_factory):
     """A finished run, with a file of each kind."""
     tiny = TinyRun(tmp_path_factory.mktemp("damage"))
     assert tiny.main() == 0
-    folder = tiny.config.parent
-    (folder / "prefixes.json").write_text(json.dumps(["It is", {"prefix": "a “b”"}]))
-    (folder / "reviews.csv").write_text('text,label\n"good, really",1\nbad,0\n')
-    (folder / "reviews.jsonl").write_text('{"text": "good", "label": 1}\n{"text": "bad", "label": 0}\n')
-    (folder / "texts.jsonl").write_text('{"text": "A city and its people, once."}\n' * 30)
+    for name, text in {
+        "prefixes.json": json.dumps(["It is", {"prefix": "a “b”"}]),
+        "reviews.csv": 'text,label\n"good, really",1\nbad,0\n',
+        "reviews.jsonl": '{"text": "good", "label": 1}\n{"text": "bad", "label": 0}\n',
+        "texts.jsonl": '{"text": "A city and its people, once."}\n' * 30,
+    }.items():
+        (tiny.config.parent / name).write_text(text)
     return tiny
 
 
@@ -66,50 +72,38 @@ def too_large(path) -> bool:
         keys = yaml.safe_load(dump_config(load_config(str(path))))
     except UserError:
         return False
-    sizes = [
-        keys["batch_size"] * keys["seq_len"] * keys["grad_accumulation_steps"],
-        *keys["model_config"].values(),
-    ]
-    return max(sizes) > 1000
+    rows = keys["batch_size"] * keys["seq_len"] * keys["grad_accumulation_steps"]
+    return max(rows, *keys["model_config"].values()) > 1000
 
 
-KINDS = [
-    "tiny.yaml",
-    "tokens.npz",
-    "texts.jsonl",
-    "model.pt",
-    "config.yaml",
-    "prefixes.json",
-    "reviews.csv",
-    "reviews.jsonl",
-]
+PROMPT = ["--prompt", "a", "--max_new_tokens", "1"]
+KINDS = {  # file: the command that reads it, with {} in place of its path
+    "tiny.yaml": (train, ["{}", "--dry-run"]),
+    "tokens.npz": (train, ["tiny.yaml", "--dry-run"]),
+    "texts.jsonl": (train, ["tiny.yaml", "--dry-run", "--data", "{}"]),
+    "out/model.pt": (generate, ["{}", *PROMPT]),
+    "out/config.yaml": (generate, ["out", *PROMPT]),
+    "prefixes.json": (generate, ["out", "--prefixes", "{}", "--max_new_tokens", "1"]),
+    "reviews.csv": (classify, ["out", "--data", "{}"]),
+    "reviews.jsonl": (classify, ["out", "--data", "{}"]),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_soak_damage(tiny, kind, capsys):
-    folder, draw, n_good = tiny.config.parent, random.Random(11), 0
-    path = tiny.out / kind if kind in ("model.pt", "config.yaml") else folder / kind
-    whole, damage = path.read_bytes(), damaged_archive if kind in ("tokens.npz", "model.pt") else damaged
-    prompt = [tiny.out, "--prompt", "a", "--max_new_tokens", "1"]
-    dry = [tiny.config, "--dry-run", "--set", f"output_dir={folder / 'new'}"]
-    line = {
-        "tiny.yaml": (train, dry),
-        "tokens.npz": (train, dry),
-        "texts.jsonl": (train, [*dry, "--data", path]),
-        "model.pt": (generate, prompt),
-        "config.yaml": (generate, prompt),
-        "prefixes.json": (generate, [tiny.out, "--prefixes", path, "--max_new_tokens", "1"]),
-    }.get(kind, (classify, [tiny.out, "--data", path]))
+def test_soak_damage(tiny, kind, monkeypatch, capsys):
+    monkeypatch.chdir(tiny.config.parent)
+    path, draw, statuses = Path(kind), random.Random(11), []
+    whole, damage = path.read_bytes(), damaged_archive if path.suffix in (".npz", ".pt") else damaged
+    script, arguments = KINDS[kind][0], [argument.format(kind) for argument in KINDS[kind][1]]
     try:
         for number in range(120):
             path.write_bytes(damage(whole, draw))
             if kind == "tiny.yaml" and too_large(path):
                 continue
-            got = status(*[line[0], *line[1]])
+            statuses.append(status(script, *arguments))
             error = capsys.readouterr().err
-            one_line = error.startswith("error: ") and error.count("\n") == 1
-            assert got == 0 or (got == 2 and one_line), f"{kind}, damage {number}: exit {got}: {error}"
-            n_good += got == 0
+            one_line = statuses[-1] in (1, 2) and error.startswith("error: ") and error.count("\n") == 1
+            assert statuses[-1] == 0 or one_line, f"{kind}, damage {number}: exit {statuses[-1]}: {error}"
     finally:
         path.write_bytes(whole)
-    assert status(*[line[0], *line[1]]) == 0 and n_good < 120
+    assert status(script, *arguments) == 0 and 2 in statuses

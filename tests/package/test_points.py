@@ -50,13 +50,6 @@ def test_a_group_gives_all_or_nothing_and_a_skip_is_neutral(run, body, score, li
     assert ("expected 2, got 1" in out.str()) == ("expected" in body)
 
 
-@pytest.mark.soak
-def test_a_partial_run_decides_nothing(run):
-    out, points = run("-k", "test_one")
-    out.fnmatch_lines(["1.3 * embed * partial*", "total * 0 / 0"])
-    assert points["score"] == 0 and points["tests"] == []
-
-
 def test_a_graded_file_that_does_not_load_costs_only_its_own_groups_and_is_told_once(run):
     files = {name: "import student" for name in ("test_train", "test_generate", "test_classify")}
     out, points = run(student="x = 1\ny = (", **files)
