@@ -1,11 +1,13 @@
 """The report: the runs are those of the committed configurations, and the answers say what was measured."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import answers
 import experiments
+import numpy as np
 import pytest
 import torch
 
@@ -51,6 +53,26 @@ def test_compared_runs_differ_only_in_what_is_compared():
     assert len(settings) == 5, "2.5 asks for at most five settings"
     others = {key for config in settings.values() for key in different_keys(config, settings["2.5-d128-lr4e-3"])}
     assert others == {"max_lr", "min_lr", "model_config", "num_training_steps"}
+
+
+def test_what_is_trained_is_measured(tmp_path, monkeypatch, capsys):
+    tokens = np.random.default_rng(0).integers(50257, size=400).astype(np.uint16)
+    np.savez(tmp_path / "tokens.npz", train=tokens, val=tokens)
+    (tmp_path / "report/configs").mkdir(parents=True)
+    (tmp_path / "report/configs/2.6-final.yaml").write_text(
+        f"output_dir: {tmp_path}/2.6-final\ntokenizer_encoding: gpt2\ndevice: cpu\ndata: {tmp_path}/tokens.npz\n"
+        "model_config: {n_embd: 2, n_head: 1, n_positions: 8, n_layer: 1}\nbatch_size: 2\nseq_len: 8\n"
+        "num_warmup_steps: 1\nnum_training_steps: 3\ngrad_accumulation_steps: 1\nmin_lr: 1e-4\nmax_lr: 1e-3\n"
+    )
+    for name, path in {"ROOT": tmp_path, "OUTPUTS": tmp_path, "RESULTS": tmp_path}.items():
+        monkeypatch.setattr(experiments, name, path)
+    monkeypatch.setattr(experiments, "held_out", lambda: {"c4": tokens})
+    for _ in range(2):  # the second time it is finished, and only measured
+        experiments.run_question("2.6")
+        measured = json.loads((tmp_path / "2.6-final.json").read_text())
+        assert 10 < measured["losses"]["c4"] < 12
+        assert len((tmp_path / "2.6-final.csv").read_text().splitlines()) == 1 + 3
+        (tmp_path / "2.6-final.json").unlink()
 
 
 GIVEN = {  # numbers in the sentences that no run gives: of settings, of the figures in the handout, of papers
