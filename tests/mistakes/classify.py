@@ -64,18 +64,22 @@ def labels(p, others, calibrate):
     n, ordered, by_order = len(p), sorted(p), sorted(range(len(p)), key=lambda i: p[i])
     middle = (n - 1) // 2
     median = ordered[middle]
-    return {
+    wrong = {
         "calibrate is ignored" if calibrate else "calibrated though calibrate is False": above(p, not calibrate),
         "tokens_of_interest is [negative, positive], here swapped": above([1 - x for x in p]),
         "probabilities of the whole vocabulary, not of the two tokens": (
             above([x / (1 + 9 * math.exp(other)) for x, other in zip(p, others, strict=True)])
         ),
-        "the boundary is the mean, which a few extreme rows can move": [int(x > sum(p) / n) for x in p],
-        "the boundary is the middle of the range": [int(x > (ordered[0] + ordered[-1]) / 2) for x in p],
-        "calibrated only upwards": [int(x > max(0.5, median)) for x in p],
         "ties counted as positive: compare with >, not >=": [int(x >= (median if calibrate else 0.5)) for x in p],
-        "the boundary is the upper middle value": [int(x > ordered[n // 2]) for x in p],
-        "ties broken by order: equal rows get equal labels": [
-            int(by_order.index(i) > (n - 1) // 2) for i in range(n)
-        ],
     }
+    if calibrate:
+        wrong |= {
+            "the boundary is the mean, which a few extreme rows can move": [int(x > sum(p) / n) for x in p],
+            "the boundary is the middle of the range": [int(x > (ordered[0] + ordered[-1]) / 2) for x in p],
+            "calibrated only upwards": [int(x > max(0.5, median)) for x in p],
+            "the boundary is the upper middle value": [int(x > ordered[n // 2]) for x in p],
+            "ties broken by order: equal rows get equal labels": [
+                int(by_order.index(i) > middle) for i in range(n)
+            ],
+        }
+    return wrong
