@@ -17,8 +17,6 @@ import sys
 import types
 from pathlib import Path
 
-os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # only the tests' own plugins, for speed
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "instructor")]
 
@@ -81,18 +79,11 @@ class Watch:
         self._keep(report, (crash.message if crash else str(report.longrepr)).splitlines())
 
     def _keep(self, report, lines):
-        if report.failed and self.failure is None and (self.part or report.nodeid in self.tally.group_of):
+        if report.failed and self.failure is None:
             self.failure = f"{report.nodeid.split('::', 1)[-1]}: {lines[0] if lines else ''}"
 
-    def pytest_configure(self, config):
-        self.config = config
-
-    @property
-    def tally(self):
-        return self.config.pluginmanager.get_plugin("points-tally")
-
     def pytest_unconfigure(self, config):
-        self.rows = self.tally.rows()
+        self.rows = config.pluginmanager.get_plugin("points-tally").rows()
 
 
 def run_tests(job: tuple[dict[str, str], str | None]) -> tuple[str | None, int]:
@@ -109,7 +100,8 @@ def run_tests(job: tuple[dict[str, str], str | None]) -> tuple[str | None, int]:
     files = [str(ROOT / f"tests/test_{name}.py") for name in ([MODULE_OF[part]] if part else MODULES)]
     options = ["-x"] * bool(part) + ["-p", "no:cacheprovider", f"--rootdir={ROOT}"]
     pytest.main([*files, *options], plugins=[watch])
-    return watch.failure, sum(row["points"] or 0 for row in watch.rows)
+    lost = [f"{row['part']}: {row['output']}".splitlines()[0] for row in watch.rows if not row["points"]]
+    return watch.failure if part else next(iter(lost), None), sum(row["points"] or 0 for row in watch.rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -118,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--right", action="store_true", help="right solutions, which must get all points")
     parser.add_argument("--only", default="", metavar="WORD", help="with this word in part or description")
     args = parser.parse_args(argv)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # only the tests' own plugins, for speed
     full = sum(most for most, _ in points.GROUPS.values())
     if args.right:
         jobs = {what: (right_sources(what), None) for what in RIGHT}
