@@ -71,7 +71,7 @@ def unpack(path: Path, folder: Path) -> tuple[dict[str, str], list[str]]:
         require(path.is_file(), "it is a folder or a broken link")
         archive = zipfile.ZipFile(path)
     except Exception as error:  # zipfile raises many types for what is no zip file
-        return dict.fromkeys(MOST_BYTES, f"{path.name} is not a zip file ({first_line(error)})"), []
+        return dict.fromkeys(MOST_BYTES, f"{plain(path.name)} is not a zip file ({first_line(error)})"), []
     with archive:
         files = {PurePosixPath(entry.filename.replace("\\", "/")): entry for entry in archive.infolist()}
         files = {p: e for p, e in files.items() if p.name and p.parts[0] != "__MACOSX" and not e.is_dir()}
