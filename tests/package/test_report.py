@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from data import build
 from model import DecoderLM
 from support.config import load_config
 
@@ -73,6 +74,20 @@ def test_what_is_trained_is_measured(tmp_path, monkeypatch, capsys):
         assert 10 < measured["losses"]["c4"] < 12
         assert len((tmp_path / "2.6-final.csv").read_text().splitlines()) == 1 + 3
         (tmp_path / "2.6-final.json").unlink()
+
+
+def test_mixture_repeats_its_sources_and_has_nothing_held_out(tmp_path, monkeypatch, capsys):
+    passage = " ".join(f"p{i}" for i in range(20))
+    lines = (json.dumps({"text": text}) + "\n" for text in ("So: " + passage.title(), "own"))
+    (tmp_path / "web.jsonl").write_text("".join(lines))
+    np.savez(tmp_path / "sample.npz", **{split: build.encode([split])[0] for split in ("train", "val")})
+    np.savez(tmp_path / "heldout-wikipedia.npz", val=build.encode([passage.replace(" ", ", ")])[0])
+    monkeypatch.setattr(build, "DATA", tmp_path)
+    build.main(f"{tmp_path}/mixture", "sample:3", f"{tmp_path}/web.jsonl:2")
+    assert "2 documents, 1 left out" in capsys.readouterr().out
+    documents = build.decode_documents(np.load(tmp_path / "mixture/train.npy"))
+    assert sorted(documents) == ["own"] * 2 + ["train"] * 3
+    assert build.decode_documents(np.load(tmp_path / "mixture/val.npy")) == ["val"]
 
 
 GIVEN = {  # numbers in the sentences that no run gives: of settings, of the figures in the handout, of papers
