@@ -11,13 +11,10 @@
 Shapes: B sequences in a batch, S tokens in each, V vocabulary size, N = B (S - 1) predictions.
 """
 
-import argparse
-import itertools
 import math
-from collections import deque
+from collections import deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +29,8 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: {error}; install what is missing: pip install -r requirements.txt") from None
 
-RUNNING_MEAN_STEPS = 20  # steps averaged in the reported train-loss
+RUNNING_MEAN_STEPS = 20  # steps averaged in the train-loss
+StepResult = namedtuple("StepResult", "step loss train_loss learning_rate")  # losses in nats per token
 
 
 def random_batch_sampler(
@@ -41,16 +39,12 @@ def random_batch_sampler(
     """Yield (B, S) int64 batches of rows from random places in the corpus, without end.
 
     Every start position, the last one included, is equally likely (torch's global generator draws it). The
-    corpus may be memory-mapped: only the rows drawn are read. Raises ValueError if it has no full row.
+    corpus may be memory-mapped: only the rows drawn are read.
     """
     tokens = tokens.cpu().numpy() if isinstance(tokens, torch.Tensor) else tokens
-    n_starts = len(tokens) - seq_len + 1
-    if n_starts < 1:
-        raise ValueError(f"a corpus of {len(tokens)} tokens has no row of seq_len = {seq_len}")
-    offsets = np.arange(seq_len)
     while True:
-        starts = torch.randint(n_starts, (batch_size, 1)).numpy()
-        yield torch.from_numpy(tokens[starts + offsets].astype(np.int64)).to(device)
+        starts = torch.randint(len(tokens) - seq_len + 1, (batch_size, 1)).numpy()
+        yield torch.from_numpy(tokens[starts + np.arange(seq_len)].astype(np.int64)).to(device)
 
 
 def sequential_batch_sampler(
@@ -73,14 +67,7 @@ def sequential_batch_sampler(
 def cosine_lr_schedule(
     num_warmup_steps: int, num_training_steps: int, min_lr: float, max_lr: float
 ) -> Callable[[int], float]:
-    """Linear warm-up, then half a cosine down to min_lr (Loshchilov and Hutter 2017, "SGDR", eq. 5).
-
-    With a = num_warmup_steps and b = num_training_steps, the learning rate of step t is
-
-        max_lr t / a                                                      for t in [0, a)
-        min_lr + (max_lr - min_lr) (1 + cos(pi (t - a) / (b - a))) / 2    for t in [a, b)
-        min_lr                                                            for t >= b
-    """
+    """Linear warm-up to max_lr, then half a cosine to min_lr (Loshchilov and Hutter 2017, "SGDR"), then min_lr."""
 
     def lr_at(t: int) -> float:
         if t < num_warmup_steps:
@@ -102,21 +89,11 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def compute_language_modeling_loss(input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy of each next token: input_ids (B, S), logits (B, S, V) -> scalar, in nats.
 
-    The logits at position s predict the token at s + 1, so the last position has no label and nothing
-    predicts the first token: there are B (S - 1) predictions.
+    The logits at position s predict the token at s + 1, so there are B (S - 1) predictions.
     """
     predictions = logits[:, :-1].flatten(end_dim=1)  # (N, V)
     labels = input_ids[:, 1:].flatten()  # (N,)
     return F.cross_entropy(predictions, labels)
-
-
-class StepResult(NamedTuple):
-    """What happened in one training step; `train` passes it to `on_step`."""
-
-    step: int
-    loss: float  # mean of this step's micro-batch losses, nats per token
-    train_loss: float  # mean over the last RUNNING_MEAN_STEPS steps
-    learning_rate: float
 
 
 def train(
@@ -136,12 +113,15 @@ def train(
 ) -> None:
     """Train the model in place for the steps start_step .. num_training_steps - 1.
 
-    Each step sets lr_schedule(step), draws grad_accumulation_steps micro-batches (B, S) and updates the
-    weights once with the gradient of their mean loss, clipped to norm grad_clip if given.
+    Each step sets lr_schedule(step), draws grad_accumulation_steps micro-batches (B, S) and updates the weights
+    once with the gradient of their mean loss. An active W&B run logs the train-loss, which is the mean over the
+    last RUNNING_MEAN_STEPS steps, and the learning-rate. Raises FloatingPointError, before the weights change, if
+    the loss or the gradient is not finite.
 
-    loss_fn maps input_ids to the same loss, computed by other means. on_step is called after each step. A resumed
-    run passes start_step and, for the running mean, previous_losses. Raises FloatingPointError, before the
-    weights change, if the loss or the gradient is not finite.
+    loss_fn      computes the loss of input_ids (B, S) by other means than model(input_ids), perhaps faster
+    grad_clip    scales a gradient down to this norm if it is longer
+    start_step   the first step; a resumed run passes the number of steps done, and in previous_losses their losses
+    on_step      is called with the StepResult of each step, for example to show or save it
     """
     batches = iter(batch_sampler)
     recent_losses = deque(previous_losses, maxlen=RUNNING_MEAN_STEPS)
@@ -163,15 +143,13 @@ def train(
             (loss / grad_accumulation_steps).backward()
             losses.append(loss.detach())
 
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        grad_norm = nn.utils.get_total_norm(gradients)
+        grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if grad_clip is not None:
             nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, grad_norm)
         # tolist() waits for the device, once per step: both numbers are fetched together.
         step_loss, grad_norm = torch.stack([torch.stack(losses).mean(), grad_norm]).tolist()
         if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):
-            where = f"step {step} (learning rate {learning_rate:.3g})"
-            raise FloatingPointError(f"loss {step_loss:.4g} and gradient norm {grad_norm:.4g} at {where}")
+            raise FloatingPointError(f"loss {step_loss:.4g} and gradient norm {grad_norm:.4g} at step {step}")
         optimizer.step()
 
         recent_losses.append(step_loss)
@@ -192,12 +170,12 @@ def evaluate(
     """Return the mean loss over all predicted tokens (nats per token) and its perplexity, exp(loss).
 
     Batches may differ in size: each is weighted by its number of predictions. loss_fn is as in `train`.
-    model.training is restored. Raises ValueError if there is nothing to predict.
+    model.training is restored.
     """
     total_loss, n_predictions, was_training = 0.0, 0, model.training
     model.eval()
     with torch.inference_mode():
-        for input_ids in batch_sampler:
+        for input_ids in tqdm(batch_sampler, "evaluating", leave=False, disable=None):
             B, S = input_ids.shape
             with autocast:
                 if loss_fn is None:
@@ -207,8 +185,6 @@ def evaluate(
             total_loss += loss.item() * B * (S - 1)
             n_predictions += B * (S - 1)
     model.train(was_training)
-    if n_predictions == 0:
-        raise ValueError("nothing to evaluate: no row of two or more tokens")
     val_loss = total_loss / n_predictions
     return {"val-loss": val_loss, "val-perplexity": float(np.exp(val_loss))}
 
@@ -220,30 +196,12 @@ def training_flops(
     return model.flops_per_token * num_training_steps * grad_accumulation_steps * batch_size * seq_len
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; argv None reads sys.argv."""
-    from support.errors import ArgumentParser
-
-    parser = ArgumentParser(description="Train the language model from a YAML file.")
-    parser.add_argument("config", help="YAML file, such as configs/GPT-tiny.yaml")
-    parser.add_argument("--data", help="tokens, a text or jsonl file, 'c4' or 'sample' (overrides the key data)")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys")
-    parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
-    parser.add_argument("--dry-run", action="store_true", help="show what training would cost, then exit")
-    checkpoint = parser.add_mutually_exclusive_group()
-    checkpoint.add_argument(
-        "--init", metavar="CHECKPOINT", help="start from these weights (overrides the key init)"
-    )
-    checkpoint.add_argument("--evaluate", metavar="CHECKPOINT", help="evaluate this checkpoint, then exit")
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Train, evaluate and save the model of a configuration; see the module's docstring."""
     from generate import generate
     from support.checkpoint import load_weights
     from support.chunked_loss import choose_loss, compiled
-    from support.config import load_config
+    from support.config import load_config, parse_arguments
     from support.data import load_corpus
     from support.device import batches_on, choose_device, join_processes
     from support.errors import exit_on_user_error
@@ -254,9 +212,9 @@ def main(argv: list[str] | None = None) -> None:
 
     args = parse_arguments(argv)
     with exit_on_user_error():
-        c = load_config(args.config, args.set, data=args.data, init=args.init)
+        c = load_config(args.config, args.set, data=args.data, init=args.evaluate or args.init)
         world = join_processes()  # one, unless torchrun started several
-        heading(f"evaluate {args.evaluate}" if args.evaluate else f"train {c.output_dir}")
+        heading(f"evaluate {c.init}" if args.evaluate else f"train {c.output_dir}")
         hardware = choose_device(c.device, training=True, local_rank=world.local_rank)
         device, autocast = hardware.device, hardware.autocast()
         tokenizer = get_tokenizer(c.tokenizer_encoding)
@@ -265,54 +223,37 @@ def main(argv: list[str] | None = None) -> None:
 
         torch.manual_seed(c.seed)
         model = DecoderLM(tokenizer.n_vocab, **vars(c.model_config)).to(device)
-        if args.evaluate or c.init:
-            load_weights(model, args.evaluate or c.init, c.model_config)
+        if c.init:
+            load_weights(model, c.init, c.model_config)
         loss_fn = choose_loss(model, compute_language_modeling_loss, device)
-        n_batches = math.ceil(len(corpus.val) // c.seq_len / c.batch_size)
 
-        def validate(at_most: int = n_batches) -> dict[str, float]:
-            """Evaluate on all held-out batches, or on so many, evenly spaced."""
-            stride = math.ceil(n_batches / at_most)
-            batches = sequential_batch_sampler(corpus.val, "cpu", c.batch_size, c.seq_len, drop_last=False)
-            batches = batches_on(device, itertools.islice(batches, 0, None, stride))
-            bar = tqdm(batches, "evaluating", math.ceil(n_batches / stride), leave=False, disable=None)
-            return evaluate(model, bar, autocast, loss_fn=loss_fn)
+        def validate(tokens) -> dict[str, float]:
+            batches = sequential_batch_sampler(tokens, "cpu", c.batch_size, c.seq_len, drop_last=False)
+            return evaluate(model, batches_on(device, batches), autocast, loss_fn=loss_fn)
 
         if args.evaluate:
-            return show_evaluation(c, corpus, hardware, validate())
+            return show_evaluation(c, corpus, hardware, validate(corpus.val))
 
-        batches = batches_on(device, random_batch_sampler(corpus.train, "cpu", c.batch_size, c.seq_len))
         options = {"betas": (0.9, 0.95), "weight_decay": c.weight_decay, "fused": hardware.fused}
         optimizer = torch.optim.AdamW(model.parameters(), **options)
+        lr_schedule = cosine_lr_schedule(c.num_warmup_steps, c.num_training_steps, c.min_lr, c.max_lr)
+        batches = batches_on(device, random_batch_sampler(corpus.train, "cpu", c.batch_size, c.seq_len))
         report = Report(c, model, tokenizer.n_vocab, corpus, hardware, world)
         report.show_plan()
         if args.dry_run:
             return
         train_loss_fn = world.distribute(compiled(loss_fn, device) if c.compile else loss_fn, c, autocast)
-        with Run(report, model, optimizer, lambda: validate(at_most=50), args.fresh) as run:
+        with Run(report, model, optimizer, validate, args.fresh) as run:
             if run.finished:
                 return report.show_finished(run.folder)
-            train(
-                model,
-                batches,
-                optimizer,
-                cosine_lr_schedule(c.num_warmup_steps, c.num_training_steps, c.min_lr, c.max_lr),
-                autocast,
-                c.num_training_steps,
-                c.grad_accumulation_steps,
-                loss_fn=train_loss_fn,
-                grad_clip=c.grad_clip,
-                start_step=run.next_step,
-                previous_losses=run.losses,
-                on_step=run.on_step,
-            )
+            n_steps, accumulation = c.num_training_steps, c.grad_accumulation_steps
+            options = {"loss_fn": train_loss_fn, "grad_clip": c.grad_clip, "on_step": run.on_step}
+            resumed = {"start_step": len(run.rows), "previous_losses": [row[0] for row in run.rows]}
+            train(model, batches, optimizer, lr_schedule, autocast, n_steps, accumulation, **options, **resumed)
             if world.rank == 0:
-                run.save_results(validate())
+                run.save_results(validate(corpus.val))
                 report.show_results(run.folder)
-                show_sample(
-                    run.folder, lambda text: generate(model, device, tokenizer, [text], 1, temperature=0.7)[0]
-                )
-        world.leave()
+                show_sample(run.folder, lambda text: generate(model, device, tokenizer, [text], 1, 32, 0.7)[0])
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def load_weights(model: DecoderLM, path: str | Path, config: ModelConfig) -> Non
 
 
 def _read_weights(path: Path, config: ModelConfig) -> dict:
-    """The state dict of a checkpoint, without prefixes. Raises UserError if its sizes are not the configuration's."""
+    """The state dict of a checkpoint, whose sizes are those of the configuration."""
     state = {WRAPPERS.sub("", str(key), count=1): value for key, value in read_archive(path).items()}
     found = {"n_layer": len({key.split(".")[1] for key in state if key.startswith("blocks.")}) or config.n_layer}
     positions = state.get("position_embeddings.weight")

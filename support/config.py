@@ -1,45 +1,27 @@
-"""The YAML file of a training run, as a frozen dataclass that pydantic checks.
+"""What a training run is told: the command line, and the YAML file as a frozen dataclass that pydantic checks.
 
 config = load_config("configs/GPT-tiny.yaml", ["max_lr=1e-3", "model_config.n_embd=64"])
 """
 
 import dataclasses
-import re
 import reprlib
+from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, Strict, StrictBool, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from support.errors import UserError, first_line, require
+from support.errors import ArgumentParser, UserError, first_line, require
 
-
-def _number(value):
-    """Text that means a number as that number: YAML scalars arrive as text, see _Loader."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return int(value)
-        with suppress(ValueError):
-            number = float(value)
-            return int(number) if number.is_integer() else number
-    return value
-
-
-def _interval(value):
-    """A number of steps, or a text such as 60s."""
-    if value is None or re.fullmatch(r"[1-9]\d*|\d+(\.\d*)?s", str(value)):
-        return _number(value)
-    raise ValueError("should be a number of steps (500) or of seconds (60s)")
-
-
-Size = Annotated[int, BeforeValidator(_number), Strict(), Field(ge=1, lt=2**31)]
-Count = Annotated[int, BeforeValidator(_number), Strict(), Field(ge=0, lt=2**63)]
-Real = Annotated[float, BeforeValidator(_number), Strict(), Field(ge=0, allow_inf_nan=False)]
+# A YAML value arrives as text, see _Loader; pydantic reads "1e-4" and "0100" as the numbers that its writer meant.
+Size = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Real = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Interval = Annotated[str, Field(pattern=r"^([1-9]\d*|\d+(\.\d*)?s)$")]
 CHECKED = ConfigDict(extra="forbid")
 
 
@@ -77,10 +59,8 @@ class TrainingConfig:
     seed: Count = 0
     weight_decay: Real = 0.01  # AdamW's default
     grad_clip: Annotated[Real, Field(gt=0)] | None = None  # largest gradient norm; None: off
-    compile: StrictBool = False  # use torch.compile
-    checkpoint_interval: Annotated[int | str | None, BeforeValidator(_interval)] = (
-        None  # None: about 1% of the time
-    )
+    compile: bool = False  # use torch.compile
+    checkpoint_interval: Interval | None = None  # steps (500) or seconds (60s); None: about 1% of the time
     eval_interval: Size | None = None  # steps between validation losses during training; None: none
     init: str | None = None  # checkpoint to start from; None: random weights
 
@@ -102,6 +82,20 @@ class TrainingConfig:
 
 def _flat(values: dict) -> dict:
     return values | {f"model_config.{key}": value for key, value in values.pop("model_config").items()}
+
+
+def parse_arguments(argv: list[str] | None) -> Namespace:
+    """The command line of train.py; argv None reads sys.argv."""
+    parser = ArgumentParser(description="Train the language model from a YAML file.")
+    parser.add_argument("config", help="YAML file, such as configs/GPT-tiny.yaml")
+    parser.add_argument("--data", help="tokens, a text or jsonl file, 'c4' or 'sample' (overrides the key data)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
+    parser.add_argument("--dry-run", action="store_true", help="show what training would cost, then exit")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--init", metavar="CHECKPOINT", help="start from these weights (overrides the key init)")
+    weights.add_argument("--evaluate", metavar="CHECKPOINT", help="evaluate this checkpoint, then exit")
+    return parser.parse_args(argv)
 
 
 def load_config(path: str, overrides: Sequence[str] = (), **keys: str | None) -> TrainingConfig:
@@ -139,6 +133,8 @@ def _sentence(mistake: dict) -> str:
         keys |= {field.name: f"model_config.{field.name}" for field in dataclasses.fields(ModelConfig)}
         near = get_close_matches(key.rpartition(".")[2], keys, n=1, cutoff=0.75)
         return f"unknown key '{key}'" + (f"; did you mean '{keys[near[0]]}'?" if near else "")
+    if mistake["type"] == "string_pattern_mismatch":
+        problem = "should be a number of steps (500) or of seconds (60s)"
     if isinstance(mistake["input"], dict) or not key:  # a rule for several keys, which names them
         return problem.replace("Input", key)
     return f"{key} = {reprlib.repr(mistake['input'])} {problem.removeprefix('Input ')}"
@@ -150,8 +146,8 @@ def dump_config(config: TrainingConfig) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which only builds plain data, with two differences: duplicate keys are an error, and
-    numbers and dates stay text, because YAML 1.1 takes 0100 for 64, 1:30 for 90 and 1e-4 for a string."""
+    """YAML's safe loader, which only builds plain data, with two differences: a duplicate key is an error, and all
+    but null is text, because YAML 1.1 takes 0100 for 64 and 1:30 for 90."""
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]
@@ -162,7 +158,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":bool", ":null", ":merge"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 

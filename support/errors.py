@@ -1,4 +1,4 @@
-"""Errors that the user can fix, reported in one sentence, and command lines that report mistakes in the same way."""
+"""Errors that the user can fix, reported in one sentence, and command lines that do the same."""
 
 import argparse
 import errno
@@ -71,6 +71,18 @@ def as_user_error(error: Exception) -> UserError:
         problem = f"{error.filename or 'a file'}: {error.strerror or first_line(error)}"
         return RunStopped(f"{problem}; {remedy}, then retry")
     raise error
+
+
+def as_run_stopped(error: BaseException, c, hint: str) -> RunStopped | None:
+    """Why training with the configuration c cannot continue, if the error says that; `hint` is what was saved."""
+    if isinstance(error, FloatingPointError):
+        steps, clip = f"more num_warmup_steps (now {c.num_warmup_steps})", c.grad_clip or "off; 1.0 is usual"
+        remedies = f"a lower max_lr (now {c.max_lr:g}), {steps}, or grad_clip (now {clip})"
+        return RunStopped(f"diverged: {error}. Likely remedies, with --fresh: {remedies}")
+    if is_out_of_memory(error):
+        remedy = "half the batch_size and twice the grad_accumulation_steps give the same result"
+        return RunStopped(f"out of memory, batch_size {c.batch_size} × seq_len {c.seq_len}: {remedy}. {hint}")
+    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

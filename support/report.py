@@ -13,9 +13,9 @@ import torch
 import wandb
 from tqdm import tqdm
 
-from support.config import TrainingConfig
+from support.config import TrainingConfig, dump_config
 from support.data import Corpus, unigram_entropy
-from support.device import Device, OneProcess
+from support.device import Device
 from support.errors import UserError, first_line
 from support.files import atomic_file, json_text, write_atomically
 from support.screen import bold, command, count, duration, heading, show_facts, show_note, show_text
@@ -29,13 +29,7 @@ class Report:
     """The numbers of a run that are known before it starts, and what is shown and written about it."""
 
     def __init__(
-        self,
-        c: TrainingConfig,
-        model: torch.nn.Module,
-        n_vocab: int,
-        corpus: Corpus,
-        hardware: Device,
-        world: OneProcess,
+        self, c: TrainingConfig, model, n_vocab: int, corpus: Corpus, hardware: Device, world: OneProcess
     ):
         self.c, self.corpus, self.hardware, self.world = c, corpus, hardware, world
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -73,6 +67,8 @@ class Report:
         text = f"loss {train_loss:.3f}  lr {learning_rate:.1e}  {speed:,.0f} tok/s"
         if not math.isnan(val_loss):
             tqdm.write(f"step {n_done}/{n_steps}  validation loss {val_loss:.3f}")
+            if wandb.run is not None:
+                wandb.log({"val-loss": val_loss}, step=n_done - 1)
         if sys.stderr.isatty():
             layout = "{n_fmt}/{total_fmt} {bar:16} {remaining} left  {postfix}"
             self._bar = self._bar or tqdm(total=n_steps, initial=n_done - 1, bar_format=layout)
@@ -87,9 +83,12 @@ class Report:
         if self._bar:
             self._bar.close()
 
-    def save(self, folder: Path, rows: list[list[float]], seconds: float, data_hash: str) -> None:
-        """Write run.json, metrics.csv and curve.png. rows: loss, train-loss, learning-rate, val-loss of each step."""
+    def save(self, folder: Path, result: dict, rows: list[list[float]], seconds: float, data_hash: str) -> None:
+        """Write all files of a finished run but model.pt; `result` comes from `evaluate`, `rows` from Run."""
         self.close()
+        predicted = {"tokens-predicted": self.corpus.n_predictions(self.c.seq_len), "seq_len": self.c.seq_len}
+        write_atomically(folder / "config.yaml", dump_config(self.c))
+        write_atomically(folder / "eval.json", json_text({**result, **predicted}))
         n_steps, device = self.c.num_training_steps, self.hardware.device
         facts = {
             "seconds": seconds,
@@ -212,12 +211,6 @@ def start_wandb(c: TrainingConfig, run_id: str | None) -> str | None:
     except Exception as error:  # offline, a wrong key, a full disk: none of them may stop a training run
         show_note(f"W&B did not start ({first_line(error)}); metrics.csv has everything.")
     return run_id
-
-
-def log_wandb(step: int, val_loss: float) -> None:
-    """Log a validation loss, if there is a W&B run."""
-    if wandb.run is not None:
-        wandb.log({"val-loss": val_loss}, step=step)
 
 
 def finish_wandb(result: dict | None) -> None:
