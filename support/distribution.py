@@ -84,7 +84,7 @@ class Processes(OneProcess):
     def leave(self) -> None:
         """Wait for the others at the end."""
         dist.barrier()  # the store lives in rank 0, which must not leave before the others
-        # The group's destructor waits for gloo's threads while it holds Python's lock; a thread that needs
-        # the lock to drop its last tensor would deadlock. A reference that lasts until the process ends prevents that.
+        # The group's destructor waits for gloo's threads while it holds Python's lock: a deadlock if one of them
+        # has to drop its last tensor. A reference that lasts until the process ends prevents that.
         _ended.append(dist.group.WORLD)
         dist.destroy_process_group()

@@ -28,9 +28,7 @@ SAMPLE_PROMPT = "The city"
 class Report:
     """The numbers of a run that are known before it starts, and what is shown and written about it."""
 
-    def __init__(
-        self, c: TrainingConfig, model, n_vocab: int, corpus: Corpus, hardware: Device, world: OneProcess
-    ):
+    def __init__(self, c: TrainingConfig, model, n_vocab: int, corpus: Corpus, hardware: Device, world):
         self.c, self.corpus, self.hardware, self.world = c, corpus, hardware, world
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.tokens_per_step = c.batch_size * c.seq_len * c.grad_accumulation_steps * world.size
