@@ -81,7 +81,7 @@ def _read_weights(path: Path, config: ModelConfig) -> dict:
         found["n_positions"], found["n_embd"] = positions.shape
     scale_factor = state.get("blocks.0.mha.scale_factor")  # 1 / sqrt(n_embd / n_head)
     if isinstance(scale_factor, torch.Tensor) and scale_factor.numel() == 1 and scale_factor.isfinite():
-        found["n_head"] = round(config.n_embd * float(scale_factor) ** 2)
+        found["n_head"] = round(found.get("n_embd", config.n_embd) * float(scale_factor) ** 2)
     differing = [f"{key} = {value}" for key, value in found.items() if value != getattr(config, key)]
     beside = path.with_name("config.yaml")
     remedy = f"use the configuration saved with them, {beside if beside.is_file() else 'config.yaml'}"

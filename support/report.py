@@ -68,7 +68,7 @@ class Report:
             if wandb.run is not None:
                 wandb.log({"val-loss": val_loss}, step=n_done - 1)
         if sys.stderr.isatty():
-            layout = "{n_fmt}/{total_fmt} {bar:16} {remaining} left  {postfix}"
+            layout = "{n_fmt}/{total_fmt} {bar:16} {remaining} left{postfix}"
             self._bar = self._bar or tqdm(total=n_steps, initial=n_done - 1, bar_format=layout)
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()
