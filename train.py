@@ -186,7 +186,7 @@ def evaluate(
             n_predictions += B * (S - 1)
     model.train(was_training)
     val_loss = total_loss / n_predictions
-    return {"val-loss": val_loss, "val-perplexity": float(np.exp(val_loss))}
+    return {"val-loss": val_loss, "val-perplexity": torch.tensor(val_loss, dtype=torch.float64).exp().item()}
 
 
 def training_flops(

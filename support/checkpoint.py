@@ -82,10 +82,11 @@ def _read_weights(path: Path, config: ModelConfig) -> dict:
     scale_factor = state.get("blocks.0.mha.scale_factor")  # 1 / sqrt(n_embd / n_head)
     if isinstance(scale_factor, torch.Tensor) and scale_factor.numel() == 1 and scale_factor.isfinite():
         found["n_head"] = round(found.get("n_embd", config.n_embd) * float(scale_factor) ** 2)
-    differing = [f"{key} = {value}" for key, value in found.items() if value != getattr(config, key)]
+    wanted = vars(config)
+    differing = [f"{key} = {value}, not {wanted[key]}" for key, value in found.items() if value != wanted[key]]
     beside = path.with_name("config.yaml")
     remedy = f"use the configuration saved with them, {beside if beside.is_file() else 'config.yaml'}"
-    require(not differing, f"{path}: the weights have {', '.join(differing)}, unlike this configuration; {remedy}")
+    require(not differing, f"{path}: the weights have {'; '.join(differing)} as in this configuration; {remedy}")
     return state
 
 
@@ -93,7 +94,7 @@ def _load_into(model: DecoderLM, state: dict, path: Path) -> None:
     """Load a state dict with exactly the model's keys and shapes, and finite values."""
     own = model.state_dict()
     for key, value in own.items():
-        if key.endswith("scale_factor") and key in state:  # a constant, which half precision would round
+        if key.endswith("scale_factor"):  # a constant, which half precision would round
             state[key] = value
     for kind, keys in (("missing", own.keys() - state.keys()), ("unknown", state.keys() - own.keys())):
         names = ", ".join(sorted(keys)[:3]) + " …" * (len(keys) > 3)

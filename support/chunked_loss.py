@@ -1,8 +1,8 @@
 """The language modeling loss as a module, computed faster than its definition with the same value and gradients.
 
 With V = 50257, the (B, S, V) logits and their gradient take nearly all the memory and time of a small model. On
-a CPU, `ChunkedLanguageModelingLoss` computes them a few rows at a time: a training step is 2 to 6 times as fast. On
-a GPU, `SlicedLanguageModelingLoss` leaves out the last position before the logits are made, which saves copies.
+a CPU, `ChunkedLanguageModelingLoss` computes them a few rows at a time: a step is 2 to 6 times as fast. On a GPU,
+`SlicedLanguageModelingLoss` leaves out the last position before the logits are made, which saves copies.
 """
 
 import copy

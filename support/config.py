@@ -4,6 +4,7 @@ config = load_config("configs/GPT-tiny.yaml", ["max_lr=1e-3", "model_config.n_em
 """
 
 import dataclasses
+import re
 import reprlib
 from argparse import Namespace
 from collections.abc import Sequence
@@ -12,14 +13,20 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from support.errors import ArgumentParser, UserError, first_line, require
 
-# A YAML value arrives as text, see _Loader; pydantic reads "1e-4" and "0100" as the numbers that its writer meant.
-Size = Annotated[int, Field(ge=1, lt=2**31)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+def _whole(value):
+    """Text such as 1e4 as a whole number."""
+    whole = re.fullmatch(r"\d+\.?\d*e\d+", str(value)) and float(value).is_integer()
+    return int(float(value)) if whole else value
+
+
+Size = Annotated[int, BeforeValidator(_whole), Field(ge=1, lt=2**31)]
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**63)]
 Real = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Interval = Annotated[str, Field(pattern=r"^([1-9]\d*|\d+(\.\d*)?s)$")]
 CHECKED = ConfigDict(extra="forbid")
@@ -99,7 +106,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
 
 
 def load_config(path: str, overrides: Sequence[str] = (), **keys: str | None) -> TrainingConfig:
-    """Read a configuration file; UserError says what is wrong with it, one line for each mistake.
+    """Read a configuration file; UserError says what is wrong with it.
 
     Each override is `key=value` or `model_config.key=value`; `keys` that are not None override keys of the YAML.
     """
@@ -120,7 +127,8 @@ def load_config(path: str, overrides: Sequence[str] = (), **keys: str | None) ->
     try:
         return TypeAdapter(TrainingConfig).validate_python(values)
     except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {_sentence(mistake)}" for mistake in error.errors())) from None
+        mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] != "unexpected_keyword_argument")
+        raise UserError(f"{path}: {_sentence(mistakes[0])}") from None
 
 
 def _sentence(mistake: dict) -> str:

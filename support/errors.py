@@ -138,4 +138,4 @@ def _number(kind: type, least: float, most: float, wanted: str):
 positive_int = _number(int, 1, math.inf, "a whole number of 1 or more")
 seed = _number(int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1")
 temperature = _number(float, 0, sys.float_info.max, "0 (greedy) or more")
-probability_mass = _number(float, 1.2e-38, 1, "more than 0, at most 1")  # float32 holds no less
+probability_mass = _number(float, 5e-324, 1, "more than 0, at most 1")

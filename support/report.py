@@ -118,7 +118,7 @@ class Report:
         """Print what the files of a finished run say."""
         try:
             evaluation, run = (json.loads((folder / name).read_bytes()) for name in ("eval.json", "run.json"))
-            loss, perplexity = evaluation["val-loss"], evaluation["val-perplexity"]
+            loss, perplexity = evaluation["val-loss"], evaluation["val-perplexity"] or math.inf
             trained = f"{self.c.num_training_steps} steps in {duration(run['seconds'])}, "
             trained += f"{run['tokens-per-second']:,.0f} tokens/s, {run['tflops']:.3f} TFLOPS"
             evaluated = f"{evaluation['tokens-predicted']:,} predicted tokens, seq_len {evaluation['seq_len']}"
