@@ -44,8 +44,6 @@ def edit(old: str, new: str) -> str:
     return COURSE_YAML.replace(old, new)
 
 
-# --- what is refused -------------------------------------------------------------------------------------
-
 BILLION = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
 BAD_YAML = {
     "empty": ("", []),
@@ -60,24 +58,18 @@ BAD_YAML = {
     "bool": (edit("batch_size: 4", "batch_size: true"), ["batch_size"]),
     "model_config no mapping": (re.sub("model_config: .*", "model_config: 7", COURSE_YAML), ["model_config"]),
     "heads": (edit("n_head: 2", "n_head: 3"), ["n_embd", "8", "n_head", "3"]),
-    "seq_len long": (edit("seq_len: 32", "seq_len: 65"), ["seq_len", "65", "n_positions", "64"]),
-    "seq_len short": (edit("seq_len: 32", "seq_len: 1"), ["seq_len", "1"]),
+    "seq_len": (edit("seq_len: 32", "seq_len: 65"), ["seq_len", "65", "n_positions", "64"]),
     "negative": (edit("num_training_steps: 3", "num_training_steps: -3"), ["num_training_steps", "-3"]),
     "warm-up": (edit("num_warmup_steps: 1", "num_warmup_steps: 4"), ["num_warmup_steps", "num_training_steps"]),
     "rates swapped": (edit("min_lr: 1e-4", "min_lr: 1e-2"), ["min_lr", "max_lr"]),
     "nan rate": (edit("max_lr: 5e-4", "max_lr: .nan"), ["max_lr"]),
-    "dropout": (edit("n_layer: 1", "n_layer: 1, p_dropout: 1.5"), ["p_dropout", "1.5"]),
     "checkpoint_interval": (COURSE_YAML + "checkpoint_interval: 1h\n", ["checkpoint_interval"]),
-    "eval_interval": (COURSE_YAML + "eval_interval: 0\n", ["eval_interval"]),
-    "compile": (COURSE_YAML + "compile: perhaps\n", ["compile", "perhaps"]),
     "tokenizer": (edit("gpt2", "gpt3"), ["gpt3", "gpt2"]),
     "device": (edit("device: auto", "device: gpu"), ["device", "gpu"]),
-    "no data": (COURSE_YAML + "data: nowhere.npz\n", ["nowhere.npz"]),
     "code": (edit("5e-4", "!!python/object/apply:os.system ['touch code_ran']"), []),
     "sexagesimal": (edit("num_training_steps: 3", "num_training_steps: 1:30"), ["num_training_steps", "1:30"]),
     "itself": (edit("5e-4", "&loop [*loop]"), ["max_lr"]),
     "deep": (edit("5e-4", "[" * 1500), []),
-    "5,000 digits": (edit("5e-4", "9" * 5000), ["max_lr"]),
     "a billion laughs": (BILLION + edit("5e-4", "*a59"), []),
 }
 
@@ -96,49 +88,36 @@ def test_unknown_key_suggests_the_near_one_only(course, capsys):
     assert "did you mean" not in far
 
 
-# --- numbers are what their writer means ------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("key", "text", "value"),
     [
         ("max_lr", "1e-3", 1e-3),  # a string to YAML 1.1
-        ("max_lr", "'0.5'", 0.5),
         ("max_lr", "1", 1.0),
         ("num_training_steps", "2e3", 2000),
-        ("num_training_steps", "5.0", 5),
         ("num_training_steps", "0100", 100),  # 64 to YAML 1.1
-        ("num_training_steps", "1_000", 1000),
+        ("output_dir", "0100", "0100"),
+        ("data", "1e-4", "1e-4"),
     ],
 )
-def test_numbers(course, key, text, value):
-    Path("new.yaml").write_text(re.sub(f"{key}: .*", f"{key}: {text}", COURSE_YAML))
-    for got in (keys_of("new.yaml")[key], keys_of("course.yaml", f"{key}={text}")[key]):
-        assert got == value and type(got) is type(value)
-
-
-def test_names_stay_text_and_the_resolved_configuration_reads_back(course):
-    keys = keys_of("course.yaml", "output_dir=0100", "model_config.n_embd=4", data="1e-4")
-    assert (keys["output_dir"], keys["data"], keys["model_config"]["n_embd"]) == ("0100", "1e-4", 4)
-    Path("again.yaml").write_text(yaml.safe_dump(keys))
-    assert keys_of("again.yaml") == keys
+def test_values_are_what_their_writer_means_and_read_back(course, key, text, value):
+    Path("new.yaml").write_text(re.sub(f"{key}: .*", "", COURSE_YAML) + f"{key}: {text}")
+    for keys in (keys_of("new.yaml"), keys_of("course.yaml", f"{key}={text}")):
+        assert keys[key] == value and type(keys[key]) is type(value)
+        Path("again.yaml").write_text(yaml.safe_dump(keys))
+        assert keys_of("again.yaml") == keys
 
 
 # --- shipped files ---------------------------------------------------------------------------------------
 
 
-def test_every_shipped_configuration_names_its_folder():
+def test_shipped_configurations_name_their_folder_and_gpt_tiny_is_the_courses():
     for path in (ROOT / "configs").glob("*.yaml"):
         assert Path(keys_of(path)["output_dir"]).name == path.stem
-
-
-def test_gpt_tiny_has_the_course_values():
     keys = keys_of(ROOT / "configs/GPT-tiny.yaml")
     expected = {"n_embd": 32, "n_head": 2, "n_positions": 128, "n_layer": 2}
     assert expected.items() <= keys["model_config"].items()
-    assert (keys["batch_size"], keys["seq_len"], keys["grad_accumulation_steps"]) == (32, 128, 1)
-    assert (keys["num_warmup_steps"], keys["num_training_steps"]) == (10, 2000)
-    assert (keys["min_lr"], keys["max_lr"]) == (1e-4, 5e-4)
+    sizes = {"batch_size": 32, "seq_len": 128, "grad_accumulation_steps": 1, "min_lr": 1e-4, "max_lr": 5e-4}
+    assert (sizes | {"num_warmup_steps": 10, "num_training_steps": 2000}).items() <= keys.items()
 
 
 def flops(path) -> int:

@@ -14,8 +14,7 @@ from tiny_run import ROOT, TinyRun, assert_refused, at_batches, processes, wait_
 import train
 
 NO_DROPOUT = {"n_embd": 8, "n_head": 2, "n_positions": 16, "n_layer": 2, "p_dropout": 0.0}
-LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
-TORCHRUN = {"GLOO_SOCKET_IFNAME": LOOPBACK, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+TORCHRUN = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0", "MPLBACKEND": "Agg"}
 
 
 def free_port() -> int:
@@ -27,13 +26,9 @@ def free_port() -> int:
                 return port
 
 
-def nothing(patch, rank):
-    """The run as it is."""
-
-
 def in_rank(rank: int, port: int, log, prepare, arguments: list[str]) -> None:
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    variables |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", "DRAWN": log.parent / "drawn"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", "DRAWN": log.parent / f"drawn{rank}"}
     os.environ.update(TORCHRUN | {name: str(value) for name, value in variables.items()})
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = log.open("w", buffering=1)
@@ -41,7 +36,18 @@ def in_rank(rank: int, port: int, log, prepare, arguments: list[str]) -> None:
     train.main(arguments)
 
 
-def two_ranks(tiny: TinyRun, *arguments, prepare=nothing) -> tuple[list[int], list[str]]:
+def note_batches(patch, rank):
+    def noted(*arguments):
+        for batch in sampler(*arguments):
+            with open(os.environ["DRAWN"], "a") as file:
+                file.write(f"{batch.tolist()}\n")
+            yield batch
+
+    sampler = train.random_batch_sampler
+    patch.setattr(train, "random_batch_sampler", noted)
+
+
+def two_ranks(tiny: TinyRun, *arguments, prepare=note_batches) -> tuple[list[int], list[str]]:
     """Exit statuses and output of two processes, as torchrun starts them but forked, which is much faster."""
     logs, port, ranks = [tiny.log.with_name(f"rank{rank}.txt") for rank in (0, 1)], free_port(), []
     for rank, log in enumerate(logs):
@@ -89,6 +95,8 @@ def stop_the_second(patch, rank):
 def test_interrupted_run_continues_exactly_and_only_on_as_many_processes(tmp_path, capsys):
     whole, tiny = TinyRun(tmp_path / "whole"), TinyRun(tmp_path)
     assert two_ranks(whole)[0] == [0, 0]
+    drawn = [(tmp_path / f"whole/drawn{rank}").read_text() for rank in (0, 1)]
+    assert drawn[0].count("\n") == 12 and drawn[0] != drawn[1], "each process should draw its own batches"
     statuses, said = two_ranks(tiny, prepare=stop_the_second)
     assert statuses == [143, 143] and "resume at step 3" in said[0], said
     assert_refused(capsys, tiny.out, ["2", "1"], train, tiny.config)
@@ -96,26 +104,12 @@ def test_interrupted_run_continues_exactly_and_only_on_as_many_processes(tmp_pat
     assert tiny.results() == whole.results()
 
 
-def note_batches(patch, rank):
-    def noted(*arguments):
-        for batch in sampler(*arguments):
-            with open(f"{os.environ['DRAWN']}{rank}", "a") as file:
-                file.write(f"{batch.tolist()}\n")
-            yield batch
-
-    sampler = train.random_batch_sampler
-    patch.setattr(train, "random_batch_sampler", noted)
-
-
-def test_every_process_draws_its_own_batches_and_an_error_is_told_once(tmp_path):
-    tiny = TinyRun(tmp_path)
+def test_an_error_is_told_once(tmp_path):
     diverging = ("--set", "max_lr=1e30", "num_warmup_steps=0")
     for arguments, status in ((("--set", "max_lr=-1"), 2), (diverging, 1)):
-        statuses, said = two_ranks(tiny, *arguments, prepare=note_batches)
+        statuses, said = two_ranks(TinyRun(tmp_path), *arguments)
         assert statuses == [status, status] and "".join(said).count("error: ") == 1, said
         assert "Traceback" not in "".join(said), said
-    drawn = [(tmp_path / f"drawn{rank}").read_text() for rank in (0, 1)]
-    assert drawn[0] and drawn[0] != drawn[1]
 
 
 @pytest.mark.soak

@@ -1,4 +1,4 @@
-"""The table of points: a group gives all or nothing, a skip is neutral, a partial run decides nothing."""
+"""The table of points: a group gives all or nothing, a skip is neutral, a broken file costs its own groups."""
 
 import json
 import shutil
@@ -20,19 +20,6 @@ class TestEmbed:
 """
 
 
-@pytest.fixture
-def run(pytester):
-    """Run pytest on this test file, and others; return the screen and the points' json."""
-    shutil.copy(Path(__file__).resolve().parents[1] / "points.py", pytester.path / "conftest.py")
-
-    def run(*arguments, body="pass", **files):
-        pytester.makepyfile(test_model=TESTS.format(body=body), **files)
-        result = pytester.runpytest_subprocess("--points-json", "points.json", *arguments)
-        return result.stdout, json.loads((pytester.path / "points.json").read_text())
-
-    return run
-
-
 @pytest.mark.soak
 @pytest.mark.parametrize(
     ("body", "score", "line"),
@@ -43,16 +30,13 @@ def run(pytester):
         ("raise NotImplementedError('question 1.3: not written yet')", 0, "1.3 * embed * 1 of 2 * 0 / 5 *"),
     ],
 )
-def test_a_group_gives_all_or_nothing_and_a_skip_is_neutral(run, body, score, line):
-    out, points = run(body=body)
-    out.fnmatch_lines([line, f"total * {score} / 5"])
-    assert points["score"] == score and points["tests"][0]["max_score"] == 5
-    assert ("expected 2, got 1" in out.str()) == ("expected" in body)
-
-
-def test_a_graded_file_that_does_not_load_costs_only_its_own_groups_and_is_told_once(run):
+def test_table_of_points(pytester, body, score, line):
+    shutil.copy(Path(__file__).resolve().parents[1] / "points.py", pytester.path / "conftest.py")
     files = {name: "import student" for name in ("test_train", "test_generate", "test_classify")}
-    out, points = run(student="x = 1\ny = (", **files)
+    pytester.makepyfile(test_model=TESTS.format(body=body), student="x = 1\ny = (", **files)
+    screen = pytester.runpytest_subprocess("--points-json", "points.json").stdout
     reason = "student.py, line 2: SyntaxError: '(' was never closed"
-    out.fnmatch_lines(["1.3 * embed * 5 / 5", "2.1 * train * 0 / 4", f" *{reason}"])
-    assert out.str().count(reason) == 1 and points["score"] == 5
+    screen.fnmatch_lines([line, "2.1 * train * 0 / 4", f" *{reason}"])
+    assert screen.str().count(reason) == 1 and ("expected 2, got 1" in screen.str()) == ("expected" in body)
+    points = json.loads((pytester.path / "points.json").read_text())
+    assert points["score"] == score and points["tests"][0]["max_score"] == 5

@@ -15,7 +15,6 @@ from tiny_run import TinyRun, assert_refused, at_batches, files, wait_until
 import train
 
 pytestmark = pytest.mark.usefixtures("quick")
-NO_DROPOUT = {"n_embd": 8, "n_head": 2, "n_positions": 16, "n_layer": 1, "p_dropout": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +39,9 @@ def assert_ends_as(tiny, results):
     assert left - {"curve.png", ".lock"} == {"config.yaml", "run.json", *results}
 
 
-# --- signals ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("batch", "name"), [(0, "SIGTERM"), (5, "SIGINT"), (6, "SIGHUP"), (11, "SIGINT")]
-)  # 2 micro-batches a step: 5 and 11 are inside gradient accumulation, 11 in the last step
-def test_first_signal_ends_the_step_and_the_same_command_goes_on(
+# 2 micro-batches a step: 5 and 11 are inside gradient accumulation, 11 in the last step
+@pytest.mark.parametrize(("batch", "name"), [(0, "SIGTERM"), (5, "SIGINT"), (6, "SIGHUP"), (11, "SIGINT")])
+def test_a_signal_ends_the_step_and_the_same_command_goes_on(
     tmp_path, monkeypatch, capsys, reference, batch, name
 ):
     tiny, number, step = TinyRun(tmp_path), getattr(signal, name), batch // 2 + 1
@@ -56,31 +51,20 @@ def test_first_signal_ends_the_step_and_the_same_command_goes_on(
     assert f"at step {step}" in capsys.readouterr().out, "the screen does not say where the run resumes"
 
 
-def test_second_signal_stops_at_once(tmp_path, monkeypatch, capsys, reference):
-    tiny = TinyRun(tmp_path, checkpoint_interval=1)
-    assert interrupted(tiny, monkeypatch, 5, signal.SIGINT, signal.SIGINT) == 130
-    assert "resume at step 2" in capsys.readouterr().out, "steps 0 and 1 were done, step 2 was not finished"
-    assert_ends_as(tiny, reference)
-
-
-def test_signal_after_the_last_step_loses_nothing(tmp_path, monkeypatch, reference):
+def test_a_second_signal_acts_at_once_and_one_after_training_costs_nothing(
+    tmp_path, monkeypatch, capsys, reference
+):
     def stop(*args, **keys):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*args, **keys)
 
-    tiny, evaluate = TinyRun(tmp_path), train.evaluate
+    tiny, evaluate = TinyRun(tmp_path, checkpoint_interval=1), train.evaluate
+    assert interrupted(tiny, monkeypatch, 5, signal.SIGINT, signal.SIGINT) == 130
+    assert "resume at step 2" in capsys.readouterr().out, "steps 0 and 1 were done, step 2 was not finished"
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate", stop)
         assert tiny.main() in (143, 0)
     assert_ends_as(tiny, reference)
-
-
-def test_a_signal_that_the_shell_ignores_stays_ignored(tmp_path, monkeypatch):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for what runs in its background
-    assert interrupted(TinyRun(tmp_path), monkeypatch, 3, signal.SIGINT) == 0
-
-
-# --- kill -9 ---------------------------------------------------------------------------------------------
 
 
 def test_killed_run_falls_back_to_the_last_state(tmp_path):
@@ -114,9 +98,6 @@ def test_soak_sixty_kills_of_one_run(tmp_path):
     assert_ends_as(tiny, whole.results())
 
 
-# --- what may resume, and what may not --------------------------------------------------------------------
-
-
 def test_folder_is_kept_for_its_configuration_and_data(tmp_path, monkeypatch, capsys, reference):
     tiny, other = TinyRun(tmp_path), tmp_path / "other.npz"
     np.savez(other, train=np.arange(400, dtype=np.uint16), val=np.arange(90, dtype=np.uint16))
@@ -128,14 +109,14 @@ def test_folder_is_kept_for_its_configuration_and_data(tmp_path, monkeypatch, ca
         assert_refused(capsys, tmp_path, words, train, tiny.config, *change)
         assert_refused(capsys, tmp_path, ["data", *ways_out], train, tiny.config, "--data", other)
         assert_ends_as(tiny, reference)
-    tiny.tokens.rename(tmp_path / "moved.npz")
+    moved = ("--data", tiny.tokens.rename(tmp_path / "moved.npz"))
     before = files(tiny.out)
     capsys.readouterr()
-    assert tiny.main("--data", tmp_path / "moved.npz") == 0, "the same tokens under another name"
+    assert tiny.main(*moved) == 0, "the same tokens under another name"
     out, loss = capsys.readouterr().out, json.loads(before["eval.json"])["val-loss"]
     assert float(re.search(r"validation loss\W+([\d.]+)", out)[1]) == pytest.approx(loss, abs=1e-3)
     assert "--fresh" in out and files(tiny.out) == before
-    assert tiny.main("--data", tmp_path / "moved.npz", "--fresh", "--set", "max_lr=0.5") == 0
+    assert tiny.main(*moved, "--fresh", "--set", "max_lr=0.5") == 0
     assert files(tiny.out)["model.pt"] != before["model.pt"]
 
 
@@ -151,59 +132,36 @@ def test_second_process_in_a_folder_is_refused_and_a_dead_owner_is_not_in_the_wa
     assert tiny.main("--fresh", "--set", "num_training_steps=3") == 0
 
 
-@pytest.mark.parametrize("place", [".", "training_state.pt", "/proc/tiny"])
-def test_output_folder_that_cannot_be_written_is_refused_before_training(tmp_path, monkeypatch, capsys, place):
-    tiny = TinyRun(tmp_path, **({"output_dir": place} if place[0] == "/" else {}))
-    if place == ".":
-        tiny.out.write_text("a file")
-    elif place[0] != "/":
-        (tiny.out / place).mkdir(parents=True)
-    monkeypatch.setattr(train, "train", lambda *_, **__: pytest.fail("training began"))
-    assert tiny.main() == 2
-    error = capsys.readouterr().err
-    assert str(tiny.out) in error and error.count("\n") == 1 and "tmp" not in error.replace(str(tmp_path), "")
-
-
-# --- what goes on ----------------------------------------------------------------------------------------
-
-
 def test_init_starts_from_these_weights_and_is_compared_on_resuming(tmp_path, monkeypatch, capsys):
-    runs = {name: TinyRun(tmp_path / name, model_config=NO_DROPOUT) for name in ("first", "further", "stopped")}
-    first, further, stopped = runs.values()
+    first, further = TinyRun(tmp_path / "first"), TinyRun(tmp_path / "further")
     assert first.main() == 0
-    start = (first.out / "model.pt").rename(tmp_path / "start.pt")
-    init = ("--init", start)
+    init = ("--init", first.out / "model.pt")
+    assert interrupted(further, monkeypatch, 5, signal.SIGTERM, arguments=init) == 143
+    assert_refused(capsys, tmp_path, ["init"], train, further.config)
     assert further.main(*init) == 0
-    assert float(further.rows()[0]["loss"]) < float(first.rows()[0]["loss"]) - 0.05
-    assert interrupted(stopped, monkeypatch, 5, signal.SIGTERM, arguments=init) == 143
-    assert_refused(capsys, tmp_path, ["init"], train, stopped.config)
-    assert stopped.main(*init) == 0
-    assert stopped.results() == further.results()
+    assert float(further.rows()[0]["loss"]) < float(first.rows()[0]["loss"]) - 0.01
 
 
-@pytest.mark.parametrize("batch", [None, 3, 9])
+@pytest.mark.parametrize("batch", [None, 9])
 def test_validation_losses_leave_the_training_unchanged(tmp_path, monkeypatch, reference, batch):
-    tiny = TinyRun(tmp_path, eval_interval=2, checkpoint_interval=4)
-    if batch is not None:
-        assert interrupted(tiny, monkeypatch, batch, signal.SIGTERM, signal.SIGTERM) == 143
-    assert tiny.main() == 0
-    assert tiny.results()["model.pt"] == reference["model.pt"], "evaluation must leave the training as it is"
-    losses = [row["val-loss"] for row in tiny.rows()]
-    assert [bool(loss) for loss in losses] == [False, True] * 3
-    assert len(set(losses)) == 4, "each row should be the loss of its own step"
-    assert float(losses[-1]) == pytest.approx(json.loads(reference["eval.json"])["val-loss"], rel=1e-6)
+    """They are those of a part of the held-out tokens; the last one is that of all."""
 
-
-def test_validation_during_training_takes_a_part_and_the_end_all(tmp_path, monkeypatch):
     def watched(model, batches, *args, **keys):
         sizes.append(len(batches := list(batches)))
         return evaluate(model, batches, *args, **keys)
 
-    tiny, sizes, evaluate = TinyRun(tmp_path, batch_size=1, eval_interval=3), [], train.evaluate
-    np.savez(tiny.tokens, train=np.arange(400, dtype=np.uint16), val=np.arange(8 * 130, dtype=np.uint16))
+    tiny, sizes, evaluate = TinyRun(tmp_path, eval_interval=2, checkpoint_interval=4), [], train.evaluate
+    with np.load(tiny.tokens) as arrays:
+        np.savez(tiny.tokens, train=arrays["train"], val=np.arange(16 * 130, dtype=np.uint16))
     monkeypatch.setattr(train, "evaluate", watched)
+    if batch is not None:
+        assert interrupted(tiny, monkeypatch, batch, signal.SIGTERM, signal.SIGTERM) == 143
     assert tiny.main() == 0
-    assert sizes[-1] == 130 and max(sizes[:-1]) <= 50, sizes
+    assert tiny.results()["model.pt"] == reference["model.pt"], "evaluation must leave the training as it is"
+    assert sizes[-1] == 130 and max(sizes[:-1]) <= 50
+    losses = [row["val-loss"] for row in tiny.rows()]
+    assert [bool(loss) for loss in losses] == [False, True] * 3 and len(set(losses)) == 4
+    assert float(losses[-1]) == pytest.approx(json.loads((tiny.out / "eval.json").read_text())["val-loss"])
 
 
 @pytest.mark.parametrize(
