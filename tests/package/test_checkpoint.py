@@ -6,12 +6,11 @@ import math
 import os
 import pickle
 import signal
-import zipfile
 
 import pytest
 import torch
 import yaml
-from tiny_run import KEYS, TinyRun, assert_refused, at_batches, files
+from tiny_run import KEYS, TinyRun, assert_refused, at_batches, files, rezipped
 
 import classify
 import generate
@@ -37,13 +36,9 @@ def to_bytes(values) -> bytes:
 
 
 def with_bomb(content: bytes) -> bytes:
-    """The checkpoint with a bomb for its pickle, and checksums that fit."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(buffer, "w") as archive:
-        for name in source.namelist():
-            is_pickle = name.endswith("data.pkl")
-            archive.writestr(name, pickle.dumps(Bomb(), protocol=2) if is_pickle else source.read(name))
-    return buffer.getvalue()
+    """The checkpoint with a bomb for its pickle."""
+    bomb = pickle.dumps(Bomb(), protocol=2)
+    return rezipped(content, lambda name, data: bomb if name.endswith("data.pkl") else data)
 
 
 @pytest.fixture

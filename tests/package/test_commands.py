@@ -186,7 +186,7 @@ def test_sampling_repeats_by_its_seed_and_the_smallest_limits_are_greedy(inside)
     ]
     assert len(sampled[0]) == 6 and sampled[0] == sampled[1] != sampled[2]
     prompt = ("--prompt", "a", "--max_new_tokens", 4)
-    for limit in (["--top_p", "1e-9"], ["--top-k", "1"]):
+    for limit in (["--top_p", "1e-50"], ["--top-k", "1"]):
         assert generated(*prompt, "--temperature", 1, *limit) == generated(*prompt)
 
 
@@ -253,7 +253,6 @@ BAD_ARGUMENTS = {
     "init nothing": (train, [*DATA, "--init", "nowhere.pt", "--dry-run"], ["nowhere.pt"]),
     "cuda": (train, [*DATA, "--set", "device=cuda:99"], ["cuda"]),
     "temperature": (generate, ["--temperature", "-1"], ["temperature", "-1"]),
-    "top_p that is 0 in float32": (generate, ["--top_p", "1e-50"], ["top_p", "1e-50"]),
     "mistyped flag": (generate, ["--temprature", "1"], ["temprature", "temperature"]),
     "prompt and prefixes": (generate, ["--prompt", "a", "--prefixes", "b.json"], ["prefixes"]),
     "bad line": (generate, ["--prefixes", "bad.jsonl"], ["bad.jsonl", "line 2"]),

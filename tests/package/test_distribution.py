@@ -1,7 +1,6 @@
 """torchrun: several processes train what one would on the joined batch, resume exactly, and say things once."""
 
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -15,15 +14,6 @@ import train
 
 NO_DROPOUT = {"n_embd": 8, "n_head": 2, "n_positions": 16, "n_layer": 2, "p_dropout": 0.0}
 TORCHRUN = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0", "MPLBACKEND": "Agg"}
-
-
-def free_port() -> int:
-    """Outside the range from which the system gives ports to clients."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as knocking:
-            if knocking.connect_ex(("127.0.0.1", port)) != 0:
-                return port
 
 
 def in_rank(rank: int, port: int, log, prepare, arguments: list[str]) -> None:
@@ -49,7 +39,9 @@ def note_batches(patch, rank):
 
 def two_ranks(tiny: TinyRun, *arguments, prepare=note_batches) -> tuple[list[int], list[str]]:
     """Exit statuses and output of two processes, as torchrun starts them but forked, which is much faster."""
-    logs, port, ranks = [tiny.log.with_name(f"rank{rank}.txt") for rank in (0, 1)], free_port(), []
+    logs, ranks = [tiny.log.with_name(f"rank{rank}.txt") for rank in (0, 1)], []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     for rank, log in enumerate(logs):
         job = (rank, port, log, prepare, [str(tiny.config), *arguments])
         ranks.append(processes().Process(target=in_rank, args=job))

@@ -14,22 +14,15 @@ import train
 # What the handout and its tests call, in the order of the arguments; what comes after * is keyword-only.
 SIGNATURES = {
     model.MultiHeadAttention: "n_embd n_head p_dropout",
-    model.FeedForward: "n_embd p_dropout",
     model.DecoderBlock: "n_embd n_head p_dropout",
     model.DecoderLM: "n_vocab n_embd n_head n_positions n_layer p_dropout",
-    model.MultiHeadAttention.q_kT_v: "self x",
     model.MultiHeadAttention.self_attention: "self q kT v attention_mask",
-    model.MultiHeadAttention.projection: "self attn",
-    model.MultiHeadAttention.forward: "self x attention_mask",
     model.DecoderBlock.forward: "self x attention_mask",
     model.DecoderLM.embed: "self input_ids attention_mask",
-    model.DecoderLM.hidden_states: "self input_ids attention_mask",
-    model.DecoderLM.token_logits: "self x",
     model.DecoderLM.forward: "self input_ids attention_mask",
     train.random_batch_sampler: "tokens device batch_size seq_len",
     train.sequential_batch_sampler: "tokens device batch_size seq_len * drop_last",
     train.cosine_lr_schedule: "num_warmup_steps num_training_steps min_lr max_lr",
-    train.set_lr: "optimizer lr",
     train.compute_language_modeling_loss: "input_ids logits",
     train.train: "model batch_sampler optimizer lr_schedule autocast num_training_steps grad_accumulation_steps"
     " * loss_fn grad_clip start_step on_step previous_losses",

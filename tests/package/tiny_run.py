@@ -1,11 +1,13 @@
 """A training run small enough to be killed many times (0.4 M parameters), and how tests give commands."""
 
 import csv
+import io
 import multiprocessing
 import os
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -112,6 +114,15 @@ def _main(arguments: list[str], log: Path) -> None:
     with log.open("a", buffering=1) as sys.stdout:
         sys.stderr = sys.stdout
         train.main(arguments)
+
+
+def rezipped(content: bytes, change) -> bytes:
+    """The zip archive with change(name, data) in place of each entry, and checksums that fit."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(buffer, "w") as archive:
+        for name in source.namelist():
+            archive.writestr(name, change(name, source.read(name)))
+    return buffer.getvalue()
 
 
 def python(*arguments, **options) -> subprocess.CompletedProcess:
