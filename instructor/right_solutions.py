@@ -58,8 +58,8 @@ BLOCK_WITHOUT_P = [
 ]
 
 # Texts of train.py
-DRAW_ROWS = """        starts = torch.randint(n_starts, (batch_size, 1)).numpy()
-        yield torch.from_numpy(tokens[starts + offsets].astype(np.int64)).to(device)
+DRAW_ROWS = """        starts = torch.randint(len(tokens) - seq_len + 1, (batch_size, 1)).numpy()
+        yield torch.from_numpy(tokens[starts + np.arange(seq_len)].astype(np.int64)).to(device)
 """
 UNFOLD_ROWS = """        rows = torch.as_tensor(tokens).unfold(0, seq_len, 1)
         yield rows[torch.randint(len(rows), (batch_size,))].to(device).long()
@@ -182,7 +182,7 @@ RIGHT = {
     "position embeddings indexed, not called": {"model": [("self.position_embeddings(position_ids)", "self.position_embeddings.weight[position_ids]")]},
     "zero_grad last": {"train": [(ZERO_GRAD, ""), (STEP, STEP + ZERO_GRAD)]},
     "zero_grad to zeros, loss divided before": {"train": [("optimizer.zero_grad()", "optimizer.zero_grad(set_to_none=False)"), (BACKWARD, DIVIDED_BEFORE)]},
-    "numpy sampling": {"train": [("torch.randint(n_starts, (batch_size, 1)).numpy()", "np.random.randint(n_starts, size=(batch_size, 1))")]},
+    "numpy sampling": {"train": [("torch.randint(len(tokens) - seq_len + 1, (batch_size, 1)).numpy()", "np.random.randint(len(tokens) - seq_len + 1, size=(batch_size, 1))")]},
     "tokens by unfold": {"train": [(DRAW_ROWS, UNFOLD_ROWS)]},
     "sequential batches by view": {"train": [(SEQUENTIAL_LOOP, SEQUENTIAL_VIEW)]},
     "log-softmax and gather": {"train": [(CROSS_ENTROPY, "-predictions.log_softmax(-1).gather(1, labels[:, None]).mean()")]},

@@ -48,7 +48,9 @@ INIT = "        self._init_weights()\n"
 PROJECTED = "self.projection(self.self_attention(q, kT, v, attention_mask))"
 
 # Texts of train.py
-RANDOM_STARTS = "torch.randint(n_starts, (batch_size, 1)).numpy()"
+N_STARTS = "len(tokens) - seq_len + 1"
+RANDOM_STARTS = f"torch.randint({N_STARTS}, (batch_size, 1)).numpy()"
+ROWS = "tokens[starts + np.arange(seq_len)]"
 SEQUENTIAL_ROWS = "rows = tokens[: n_rows * seq_len].reshape(n_rows, seq_len)"
 SEQUENTIAL_LOOP = "for start in range(0, n_rows, batch_size):"
 CROSS_ENTROPY = "F.cross_entropy(predictions, labels)"
@@ -99,9 +101,9 @@ WRONG = [
     mistake("the mode found is not restored", "evaluate", "    model.train(was_training)\n", ""),
     mistake("mean of the means of unequal batches", "evaluate", "loss.item() * B * (S - 1)", "loss.item()", "n_predictions += B * (S - 1)", "n_predictions += 1"),
     mistake("weighted by tokens, not by predictions", "evaluate", "loss.item() * B * (S - 1)", "loss.item() * B * S", "n_predictions += B * (S - 1)", "n_predictions += B * S"),
-    mistake("perplexity in base 2", "evaluate", "np.exp(val_loss)", "np.exp2(val_loss)"),
+    mistake("perplexity in base 2", "evaluate", ".exp().item()", ".exp2().item()"),
     mistake("perplexity averaged over batches", "evaluate", "loss.item() * B", "math.exp(loss.item()) * B", "val_loss = total_loss / n_predictions", "val_loss = math.log(total_loss / n_predictions)"),
-    mistake("the weights are changed", "evaluate", "    if n_predictions == 0:", "    model.ln.weight.data *= 0.999\n    if n_predictions == 0:"),
+    mistake("the weights are changed", "evaluate", "    val_loss = ", "    model.ln.weight.data *= 0.999\n    val_loss = "),
     mistake("with gradients", "evaluate", "torch.inference_mode()", "torch.enable_grad()"),
     mistake("no causal mask", ATTENTION, CAUSAL, ""),
     mistake("transposed causal mask", ATTENTION, CAUSAL, ".triu(S_k - S_q)"),
@@ -227,13 +229,13 @@ WRONG = [
     mistake("division by zero without warm-up", "advice of train", "if t < num_warmup_steps:", "if t <= num_warmup_steps:"),
     mistake("division by zero where warm-up is all", "advice of train", "if t >= num_training_steps:", "if t > num_training_steps:"),
     mistake("last start missing", RANDOM, "len(tokens) - seq_len + 1", "len(tokens) - seq_len"),
-    mistake("first start missing", RANDOM, RANDOM_STARTS, "torch.randint(1, n_starts, (batch_size, 1)).numpy()"),
-    mistake("rows of scattered tokens", RANDOM, "tokens[starts + offsets]", "tokens[np.random.randint(len(tokens), size=(batch_size, seq_len))]"),
-    mistake("rows next to one another", RANDOM, RANDOM_STARTS, "(int(torch.randint(n_starts, ())) + np.arange(batch_size)[:, None]) % n_starts"),
-    mistake("one start for all rows", RANDOM, RANDOM_STARTS, "torch.randint(n_starts, (1, 1)).numpy().repeat(batch_size, axis=0)"),
+    mistake("first start missing", RANDOM, RANDOM_STARTS, f"torch.randint(1, {N_STARTS}, (batch_size, 1)).numpy()"),
+    mistake("rows of scattered tokens", RANDOM, ROWS, "tokens[np.random.randint(len(tokens), size=(batch_size, seq_len))]"),
+    mistake("rows next to one another", RANDOM, RANDOM_STARTS, f"(int(torch.randint({N_STARTS}, ())) + np.arange(batch_size)[:, None]) % ({N_STARTS})"),
+    mistake("one start for all rows", RANDOM, RANDOM_STARTS, f"torch.randint({N_STARTS}, (1, 1)).numpy().repeat(batch_size, axis=0)"),
     mistake("the same batch again", RANDOM, f"    while True:\n        starts = {RANDOM_STARTS}", f"    starts = {RANDOM_STARTS}\n    while True:"),
-    mistake("starts at multiples of seq_len only", RANDOM, RANDOM_STARTS, "torch.randint((n_starts - 1) // seq_len + 1, (batch_size, 1)).numpy() * seq_len"),
-    mistake("ids read as int16", "advice of train", "tokens[starts + offsets].astype(np.int64)", "tokens[starts + offsets].astype(np.int16).astype(np.int64)"),
+    mistake("starts at multiples of seq_len only", RANDOM, RANDOM_STARTS, "torch.randint((len(tokens) - seq_len) // seq_len + 1, (batch_size, 1)).numpy() * seq_len"),
+    mistake("ids read as int16", "advice of train", ROWS, f"{ROWS}.astype(np.int16)"),
     mistake("one batch only", RANDOM, "while True:", "for _ in range(1):"),
     mistake("rows overlap by a token", SEQUENTIAL, SEQUENTIAL_ROWS, "rows = np.stack([tokens[i * (seq_len - 1) :][:seq_len] for i in range(n_rows)])"),
     mistake("rows one token apart", SEQUENTIAL, SEQUENTIAL_ROWS, "rows = np.stack([tokens[i : i + seq_len] for i in range(n_rows)])"),
@@ -317,7 +319,6 @@ WRONG = [
     mistake("drop_last ignored", "advice of train", "if drop_last:", "if True:"),
     mistake("queries taken for the first tokens", "advice of model", CAUSAL, ".tril()"),
     mistake("a literal <|endoftext|> ends the text", "advice of generate", "tokenizer.encode_ordinary(text)", 'tokenizer.encode(text, allowed_special="all")'),
-    mistake("numpy seeds the samples", "advice of generate", DRAW, "torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(int(__import__('numpy').random.randint(1000))))"),
     mistake("an empty text has no token", "advice of classify", "encode_prompt(tokenizer, text, P)", "tokenizer.encode_ordinary(text)[-P:]"),
 ]
 # fmt: on
