@@ -61,16 +61,6 @@ dropout. Keep the arguments as attributes, and initialise the weights.
 # (file, first words, last words, what takes the place of everything from the first to the last).
 EDITS = [
     (
-        "train.py",
-        ", eq. 5).\n\n    With a = num_warmup_steps",
-        "for t >= b\n",
-        """).
-
-    The function returned maps a step t to its learning rate, as question 2.2 describes it with
-    a = num_warmup_steps and b = num_training_steps. Each of the two phases may be empty.
-""",
-    ),
-    (
         "generate.py",
         "Each new token depends on",
         "of its text.",
