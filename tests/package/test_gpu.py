@@ -8,9 +8,12 @@ import torch
 from tiny_run import TinyRun, at_batches
 
 import train
+from classify import score
 from generate import generate
 from model import DecoderLM
-from support.chunked_loss import ChunkedLanguageModelingLoss
+from support.chunked_loss import SlicedLanguageModelingLoss, compiled
+from support.config import load_config
+from support.decoding import CachedDecoder
 from support.device import batches_on, choose_device
 from support.errors import UserError
 from support.tokenizer import get_tokenizer
@@ -32,9 +35,9 @@ def machine(monkeypatch):
             return torch.zeros(*sizes)
 
         answers = {"is_available": n_gpus > 0, "device_count": n_gpus, "get_device_capability": capability}
-        answers |= {"get_device_name": "A card", "set_device": None}
-        for name, answer in answers.items():
+        for name, answer in (answers | {"get_device_name": "A card"}).items():
             monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda number: range(n_gpus)[number])  # a number, no device
         monkeypatch.setattr(torch, "ones", ones)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
@@ -89,7 +92,7 @@ def gpu():
     return chosen
 
 
-def two_steps(device, loss_class, dtype=torch.float32):
+def two_steps(device, choose_loss=None, dtype=torch.float32):
     """The losses and the last gradient of two steps of train() on fixed batches."""
     torch.manual_seed(0)
     model, losses = DecoderLM(V, 24, 3, P, 2, p_dropout=0.0).to(device), []
@@ -103,7 +106,7 @@ def two_steps(device, loss_class, dtype=torch.float32):
         torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
         num_training_steps=2,
         grad_accumulation_steps=2,
-        loss_fn=loss_class and loss_class(model),
+        loss_fn=choose_loss and choose_loss(model),
         grad_clip=1.0,
         on_step=lambda result: losses.append(result.loss),
     )
@@ -111,25 +114,53 @@ def two_steps(device, loss_class, dtype=torch.float32):
     return losses, torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).cpu()
 
 
+def compiled_loss(model):
+    return compiled(SlicedLanguageModelingLoss(model), model.ln.weight.device)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("loss_class", [None, ChunkedLanguageModelingLoss])
-def test_steps_equal_the_cpus(gpu, loss_class):
-    right, right_gradient = two_steps(torch.device("cpu"), loss_class)
-    losses, gradient = two_steps(gpu.device, loss_class)
+@pytest.mark.parametrize("choose_loss", [None, SlicedLanguageModelingLoss, compiled_loss])
+def test_steps_equal_the_cpus(gpu, choose_loss):
+    right, right_gradient = two_steps(torch.device("cpu"))
+    losses, gradient = two_steps(gpu.device, choose_loss)
     assert losses == pytest.approx(right, abs=1e-4)
     torch.testing.assert_close(gradient, right_gradient, atol=1e-4, rtol=1e-3)
     if gpu.dtype == torch.bfloat16:
-        losses, gradient = two_steps(gpu.device, loss_class, gpu.dtype)
+        losses, gradient = two_steps(gpu.device, choose_loss, gpu.dtype)
         assert losses == pytest.approx(right, rel=0.01)
         assert torch.cosine_similarity(gradient, right_gradient, dim=0) > 0.99
 
 
 @pytest.mark.gpu
-def test_greedy_generation_equals_the_cpus(gpu, randomise):
-    model = randomise(DecoderLM(50257, 24, 3, P, 2)).eval()
+def test_texts_and_scores_equal_the_cpus(gpu, randomise):
+    model, tokenizer = randomise(DecoderLM(50257, 24, 3, P, 2)).eval(), get_tokenizer()
     prefixes = ["a", "a longer one", "one of more than the thirty-two tokens that the model can read " * 3]
-    right = generate(model, "cpu", get_tokenizer(), prefixes, 2, max_new_tokens=20)
-    assert generate(model.to(gpu.device), gpu.device, get_tokenizer(), prefixes, 2, max_new_tokens=20) == right
+    texts = generate(model, "cpu", tokenizer, prefixes, 2, max_new_tokens=20)
+    scores = score(model, "cpu", tokenizer, prefixes, 2)
+    model = model.to(gpu.device)
+    for decoder in (None, CachedDecoder(model)):
+        found = generate(model, gpu.device, tokenizer, prefixes, 2, max_new_tokens=20, next_token_logits=decoder)
+        assert found == texts
+    torch.testing.assert_close(
+        score(model, gpu.device, tokenizer, prefixes, 2).cpu(), scores, atol=1e-3, rtol=1e-3
+    )
+
+
+@pytest.mark.gpu
+def test_memory_of_the_final_run(gpu):
+    """A micro-batch in gigabytes, used and reserved: docs/scaling.md says what the card must have."""
+    if torch.cuda.mem_get_info()[0] < 20e9:
+        pytest.skip("needs 20 GB of free GPU memory")
+    c = load_config("configs/final-1e17.yaml")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    model = DecoderLM(50257, **vars(c.model_config)).to(gpu.device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    batch = torch.randint(50257, (c.batch_size, c.seq_len)).to(gpu.device)
+    loss_fn, autocast = SlicedLanguageModelingLoss(model), gpu.autocast()
+    train.train(model, [batch] * 3, optimizer, lambda step: 0.0, autocast, 3, loss_fn=loss_fn)
+    used, reserved = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9
+    assert used < 12.5 and reserved < 18, f"{used:.1f} GB used, {reserved:.1f} GB reserved"
 
 
 @pytest.mark.gpu
