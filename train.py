@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
         train_loss_fn = world.distribute(compiled(loss_fn, device) if c.compile else loss_fn, c, autocast)
         with Run(report, model, optimizer, validate, args.fresh) as run:
             if run.finished:
-                return report.show_finished(run.folder)
+                return report.show_results(run.folder)
             n_steps, accumulation = c.num_training_steps, c.grad_accumulation_steps
             options = {"loss_fn": train_loss_fn, "grad_clip": c.grad_clip, "on_step": run.on_step}
             resumed = {"start_step": len(run.rows), "previous_losses": [row[0] for row in run.rows]}

@@ -95,6 +95,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     """The command line of train.py; argv None reads sys.argv."""
     parser = ArgumentParser(description="Train the language model from a YAML file.")
     parser.add_argument("config", help="YAML file, such as configs/GPT-tiny.yaml")
+    parser.add_argument("--name", help="train in outputs/NAME: short for --set output_dir=outputs/NAME")
     parser.add_argument("--data", help="tokens, a text or jsonl file, 'c4' or 'sample' (overrides the key data)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys")
     parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
@@ -102,7 +103,9 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--init", metavar="CHECKPOINT", help="start from these weights (overrides the key init)")
     weights.add_argument("--evaluate", metavar="CHECKPOINT", help="evaluate this checkpoint, then exit")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.set += [f"output_dir=outputs/{args.name}"] if args.name else []
+    return args
 
 
 def load_config(path: str, overrides: Sequence[str] = (), **keys: str | None) -> TrainingConfig:

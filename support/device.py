@@ -41,38 +41,38 @@ def choose_device(requested: str = "auto", training: bool = False, local_rank: i
     """The requested device; 'auto' is the first usable one of cuda, mps and cpu.
 
     Training uses the fast matrix products of a GPU, bfloat16 and TF32; everything else computes in float32. Of
-    several processes, each has the GPU with its local_rank, or all share the CPU. Raises UserError if this machine
-    or PyTorch build does not have the device.
+    several processes, each has the GPU with its local_rank, or all share the CPU. Raises UserError for a device
+    that this machine or PyTorch build does not have.
     """
-    known = bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", requested))
-    require(known, f"device = '{requested}' is unknown; use auto, cuda, mps or cpu")
-    alone = local_rank is None
-    shared = alone or requested in ("auto", "cuda", "cpu")
-    require(shared, f"several processes cannot share device = '{requested}'; use auto, cuda or cpu")
-    has_mps = alone and torch.backends.mps.is_available()
+    several = local_rank is not None
+    names = ["auto", "cpu", "cuda"] + [r"cuda:\d+", "mps"] * (not several)
+    known = re.fullmatch("|".join(names), requested) is not None
+    require(known, f"device = '{requested}'{' for several processes' * several}: use auto, cuda, mps or cpu")
     reason = "as requested"
     if requested.startswith(("auto", "cuda")):
         index = local_rank or int(requested[5:] or 0)
-        reason = cuda_problem(index)
+        reason = _cuda_problem(index)
         if reason is None:
-            return _cuda(torch.device("cuda", index) if index else torch.device("cuda"), training)
-        require(requested == "auto", f"device = '{requested}', but {reason}; use auto or cpu")
-    require(requested != "mps" or has_mps, "device = 'mps', but PyTorch finds no Apple GPU here; use auto or cpu")
-    if has_mps and requested != "cpu":
-        return Device(torch.device("mps"), "an Apple GPU")
+            return _cuda(index, training)
+        falls_back = requested == "auto" and not (several and torch.cuda.is_available())
+        remedy = "use auto or cpu" if not several else "start fewer processes or use cpu"
+        require(falls_back, f"device = '{requested}', but {reason}; {remedy}")
+    if requested == "mps" or (requested == "auto" and not several):
+        if torch.backends.mps.is_available():
+            return Device(torch.device("mps"), "an Apple GPU")
+        require(requested == "auto", "device = 'mps', but PyTorch finds no Apple GPU here; use auto or cpu")
     choose_float32_products()
     return Device(torch.device("cpu"), reason)
 
 
-def cuda_problem(index: int = 0) -> str | None:
+def _cuda_problem(index: int) -> str | None:
     """Why this PyTorch cannot use CUDA GPU number `index`; None if it can."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's paragraphs about old drivers and cards
         if not torch.cuda.is_available():
             return "no GPU found"
-        n_gpus = torch.cuda.device_count()
-        if index >= n_gpus:
-            return f"PyTorch finds {n_gpus} CUDA GPU{'s' * (n_gpus > 1)} here, numbered from 0"
+        if index >= torch.cuda.device_count():
+            return f"PyTorch finds {torch.cuda.device_count()} CUDA GPUs here, numbered from 0"
         try:
             torch.ones(2, device=f"cuda:{index}").sum().item()
         except Exception as error:  # for example a card too old for this build
@@ -80,12 +80,13 @@ def cuda_problem(index: int = 0) -> str | None:
     return None
 
 
-def _cuda(device: torch.device, training: bool) -> Device:
-    torch.cuda.set_device(device.index or 0)  # it takes no device without a number
+def _cuda(index: int, training: bool) -> Device:
+    device = torch.device(f"cuda:{index}" if index else "cuda")
+    torch.cuda.set_device(index)
     torch.set_float32_matmul_precision("high" if training else "highest")  # TF32 for what stays in float32
-    has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    has_bfloat16 = torch.cuda.get_device_capability(index) >= (8, 0)
     dtype = torch.bfloat16 if training and has_bfloat16 else torch.float32
-    return Device(device, torch.cuda.get_device_name(device), dtype)
+    return Device(device, torch.cuda.get_device_name(index), dtype)
 
 
 def choose_float32_products() -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from support.config import TrainingConfig
-from support.device import OneProcess, cuda_problem
+from support.device import OneProcess
 
 _ended: list[dist.ProcessGroup] = []
 
@@ -25,7 +25,8 @@ class Processes(OneProcess):
 
     def __init__(self):
         # Rank 0 may tokenise a text, or evaluate, for hours. torchrun stops all when one of them dies.
-        dist.init_process_group("gloo" if cuda_problem() else "cpu:gloo,cuda:nccl", timeout=timedelta(days=1))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ["LOCAL_RANK"])
         if self.rank:
@@ -83,7 +84,7 @@ class Processes(OneProcess):
 
     def leave(self) -> None:
         """Wait for the others at the end."""
-        dist.barrier()  # the store lives in rank 0, which must not leave before the others
+        self.maximum(0)  # the store lives in rank 0, which must not leave before the others
         # The group's destructor waits for gloo's threads while it holds Python's lock: a deadlock if one of them
         # has to drop its last tensor. A reference that lasts until the process ends prevents that.
         _ended.append(dist.group.WORLD)

@@ -65,24 +65,16 @@ def as_user_error(error: Exception) -> UserError:
     if isinstance(error, NotImplementedError) and "not written yet" in str(error):  # the student's edition
         return UserError(f"{error}")
     if is_out_of_memory(error):
-        return RunStopped(f"out of memory: use a smaller model or batch_size ({first_line(error)})")
+        remedy = "use a smaller batch_size (in training with more grad_accumulation_steps) or model"
+        return RunStopped(f"out of memory ({first_line(error)}); {remedy}")
+    if isinstance(error, FloatingPointError):
+        remedies = "a lower max_lr, more num_warmup_steps, or grad_clip=1.0"
+        return RunStopped(f"diverged: {error}. Likely remedies, with --fresh: {remedies}")
     if isinstance(error, OSError):
         remedy = "free some disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "fix that"
         problem = f"{error.filename or 'a file'}: {error.strerror or first_line(error)}"
         return RunStopped(f"{problem}; {remedy}, then retry")
     raise error
-
-
-def as_run_stopped(error: BaseException, c, hint: str) -> RunStopped | None:
-    """Why training with the configuration c cannot continue, if the error says that; `hint` is what was saved."""
-    if isinstance(error, FloatingPointError):
-        steps, clip = f"more num_warmup_steps (now {c.num_warmup_steps})", c.grad_clip or "off; 1.0 is usual"
-        remedies = f"a lower max_lr (now {c.max_lr:g}), {steps}, or grad_clip (now {clip})"
-        return RunStopped(f"diverged: {error}. Likely remedies, with --fresh: {remedies}")
-    if is_out_of_memory(error):
-        remedy = "half the batch_size and twice the grad_accumulation_steps give the same result"
-        return RunStopped(f"out of memory, batch_size {c.batch_size} × seq_len {c.seq_len}: {remedy}. {hint}")
-    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -138,4 +130,4 @@ def _number(kind: type, least: float, most: float, wanted: str):
 positive_int = _number(int, 1, math.inf, "a whole number of 1 or more")
 seed = _number(int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1")
 temperature = _number(float, 0, sys.float_info.max, "0 (greedy) or more")
-probability_mass = _number(float, 5e-324, 1, "more than 0, at most 1")
+probability_mass = _number(float, 1.2e-38, 1, "more than 0 in float32, at most 1")

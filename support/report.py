@@ -20,9 +20,7 @@ from support.errors import UserError, first_line
 from support.files import atomic_file, json_text, write_atomically
 from support.screen import bold, command, count, duration, heading, show_facts, show_note, show_text
 
-PER_STEP = ("step", "tokens", "flops", "loss", "train-loss", "learning-rate", "val-loss")  # columns of metrics.csv
-INK, TRAIN, RATE, GOOD = "#333333", "#1f6fb2", "#d98c2b", "#2f8f6b"
-SAMPLE_PROMPT = "The city"
+COLUMNS = ("step", "tokens", "flops", "loss", "train-loss", "learning-rate", "val-loss")  # of metrics.csv
 
 
 class Report:
@@ -42,17 +40,16 @@ class Report:
         c, corpus, n_steps = self.c, self.corpus, self.c.num_training_steps
         if corpus.note:
             show_note(corpus.note)
-        n_tokens = self.tokens_per_step * n_steps
-        processes = f", {self.world.size} processes" * (self.world.size > 1)
+        n_train, n_tokens = len(corpus.train), self.tokens_per_step * n_steps
         size = f"{count(self.n_parameters, 'parameters')}, model.pt {self.n_parameters * 4 / 1e6:.1f} MB"
+        split = f"{count(n_train, 'tokens')} to train on, {count(len(corpus.val), 'tokens')} held out"
+        steps = f"{n_steps} steps of {self.tokens_per_step} tokens = {count(n_tokens, 'tokens')}"
         show_facts(
             {
-                "device": f"{self.hardware}{processes}",
+                "device": f"{self.hardware}" + f", {self.world.size} processes" * (self.world.size > 1),
                 "model": size + (f", weights of {c.init}" if c.init else ""),
-                "data": f"{corpus.name}: {count(len(corpus.train), 'tokens')} to train on, "
-                f"{count(len(corpus.val), 'tokens')} held out",
-                "training": f"{n_steps} steps of {self.tokens_per_step} tokens = {count(n_tokens, 'tokens')} "
-                f"({n_tokens / len(corpus.train):,.1f} times the data)",
+                "data": f"{corpus.name}: {split}",
+                "training": f"{steps} ({n_tokens / n_train:,.1f} times the data)",
                 "compute": f"{self.flops_per_step * n_steps:.3g} FLOPs",
                 "ln V": f"{self.ln_vocab:.3f} nats, the loss of a uniform guess",
                 "unigrams": f"{self.unigrams:.3f} nats, the loss of a guess that knows only word frequencies",
@@ -81,46 +78,41 @@ class Report:
         if self._bar:
             self._bar.close()
 
-    def save(self, folder: Path, result: dict, rows: list[list[float]], seconds: float, data_hash: str) -> None:
+    def save(self, folder: Path, result: dict, rows: list[list[float]], seconds: float, origin: dict) -> None:
         """Write all files of a finished run but model.pt; `result` comes from `evaluate`, `rows` from Run."""
         self.close()
         predicted = {"tokens-predicted": self.corpus.n_predictions(self.c.seq_len), "seq_len": self.c.seq_len}
-        write_atomically(folder / "config.yaml", dump_config(self.c))
-        write_atomically(folder / "eval.json", json_text({**result, **predicted}))
-        n_steps, device = self.c.num_training_steps, self.hardware.device
+        flops, device = self.flops_per_step * self.c.num_training_steps, self.hardware.device
         facts = {
             "seconds": seconds,
-            "tokens-per-second": self.tokens_per_step * n_steps / seconds,
-            "flops": self.flops_per_step * n_steps,
-            "tflops": self.flops_per_step * n_steps / seconds / 1e12,
-            "gpu-peak-memory-mib": torch.cuda.max_memory_allocated(device) / 2**20
-            if device.type == "cuda"
-            else None,
+            "tokens-per-second": self.tokens_per_step * self.c.num_training_steps / seconds,
+            "flops": flops,
+            "tflops": flops / seconds / 1e12,
             "device": str(self.hardware),
             "torch": torch.__version__,
-            "data-sha256": data_hash,
         }
-        write_atomically(folder / "run.json", json_text(facts))
-        if not rows:
-            return
-        metrics = [
-            [i, (i + 1) * self.tokens_per_step, (i + 1) * self.flops_per_step, *row] for i, row in enumerate(rows)
-        ]
-        lines = [",".join("" if value != value else str(value) for value in row) for row in metrics]  # NaN: empty
-        write_atomically(folder / "metrics.csv", "\n".join([",".join(PER_STEP), *lines, ""]))
-        try:
-            columns = dict(zip(PER_STEP, np.array(metrics).T, strict=True))
-            self._plot_curve(columns, folder / "curve.png")
-        except Exception as error:  # without matplotlib, for example
-            show_note(f"Could not draw curve.png: {first_line(error)}")
+        if device.type == "cuda":
+            facts["gpu-peak-memory-mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+        write_atomically(folder / "config.yaml", dump_config(self.c))
+        write_atomically(folder / "eval.json", json_text({**result, **predicted}))
+        write_atomically(folder / "run.json", json_text({**facts, **origin}))
+        if rows:
+            per_step = self.tokens_per_step, self.flops_per_step
+            metrics = [[step, *((step + 1) * n for n in per_step), *row] for step, row in enumerate(rows)]
+            lines = [",".join(map(str, row)).replace("nan", "") for row in metrics]
+            write_atomically(folder / "metrics.csv", "\n".join([",".join(COLUMNS), *lines, ""]))
+            try:
+                self._plot_curve(dict(zip(COLUMNS, np.array(metrics).T, strict=True)), folder / "curve.png")
+            except Exception as error:  # without matplotlib, for example
+                show_note(f"Could not draw curve.png: {first_line(error)}")
 
     def show_results(self, folder: Path) -> None:
         """Print what the files of a finished run say."""
         try:
             evaluation, run = (json.loads((folder / name).read_bytes()) for name in ("eval.json", "run.json"))
             loss, perplexity = evaluation["val-loss"], evaluation["val-perplexity"] or math.inf
-            trained = f"{self.c.num_training_steps} steps in {duration(run['seconds'])}, "
-            trained += f"{run['tokens-per-second']:,.0f} tokens/s, {run['tflops']:.3f} TFLOPS"
+            speed = f"{run['tokens-per-second']:,.0f} tokens/s, {run['tflops']:.3f} TFLOPS"
+            trained = f"{self.c.num_training_steps} steps in {duration(run['seconds'])}, {speed}"
             evaluated = f"{evaluation['tokens-predicted']:,} predicted tokens, seq_len {evaluation['seq_len']}"
             below_uniform, below_unigrams = self.ln_vocab - loss, self.unigrams - loss
         except (OSError, ValueError, LookupError, TypeError) as error:
@@ -137,34 +129,25 @@ class Report:
         files = ", ".join(sorted(path.name for path in folder.glob("[!.]*.*")))
         show_facts({"trained": trained, "evaluated": evaluated, "written": f"{folder}/ {files}"})
 
-    def show_finished(self, folder: Path) -> None:
-        """Say that this run is done, with its results."""
-        self.show_results(folder)
-        new = "--set output_dir=outputs/NAME keeps these results"
-        show_note(f"This run is finished already. To train again: --fresh replaces it, {new}.")
-
     def _plot_curve(self, metrics: dict[str, np.ndarray], path: Path) -> None:
         """Plot the losses with two reference lines (in nats), and the learning rate below them, over steps."""
         from matplotlib import rc_context
         from matplotlib.figure import Figure  # not pyplot, which looks for a display
 
-        style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK}
-        with rc_context(style):
+        with rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
             figure = Figure((8, 6), layout="constrained")
             above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
         steps, val_losses = metrics["step"], metrics["val-loss"]
-        above.plot(steps, metrics["loss"], color=TRAIN, alpha=0.25, linewidth=0.8, label="each step")
-        above.plot(steps, metrics["train-loss"], color=TRAIN, linewidth=1.8, label="mean of the last 20 steps")
-        above.axhline(self.ln_vocab, color=INK, linestyle=":", label=f"uniform guess, ln V = {self.ln_vocab:.2f}")
-        above.axhline(
-            self.unigrams, color=INK, linestyle="--", label=f"word frequencies only = {self.unigrams:.2f}"
-        )
+        above.plot(steps, metrics["loss"], color="C0", alpha=0.25, linewidth=0.8, label="each step")
+        above.plot(steps, metrics["train-loss"], color="C0", linewidth=1.8, label="mean of the last 20 steps")
+        above.axhline(self.ln_vocab, color="0.3", ls=":", label=f"uniform guess, ln V = {self.ln_vocab:.2f}")
+        above.axhline(self.unigrams, color="0.3", ls="--", label=f"word frequencies only = {self.unigrams:.2f}")
         known = ~np.isnan(val_losses)
         label = f"validation, {val_losses[-1]:.3f} at the end" + ", before on a part" * int(known.sum() > 1)
-        above.plot(steps[known], val_losses[known], "o-", color=GOOD, clip_on=False, label=label)
+        above.plot(steps[known], val_losses[known], "o-", color="C2", clip_on=False, label=label)
         above.set(ylabel="loss (nats per token)", title=f"{path.parent.name} on {self.corpus.name}")
         above.legend(frameon=False)
-        below.plot(steps, metrics["learning-rate"], color=RATE, linewidth=1.8)
+        below.plot(steps, metrics["learning-rate"], color="C1", linewidth=1.8)
         below.set(ylabel="learning rate", xlabel="training step", ylim=(0, None))
         below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         with atomic_file(path) as file:
@@ -181,23 +164,18 @@ def show_evaluation(c: TrainingConfig, corpus: Corpus, hardware: Device, result:
 
 def show_sample(folder: Path, generate: Callable[[str], str]) -> None:
     """Print a prompt with its continuation `generate(prompt)`, and the next commands to type."""
+    prompt, checkpoint = "The city", folder / "model.pt"
     try:
-        continuation = generate(SAMPLE_PROMPT)
+        continuation = generate(prompt)
         print(bold("sample"))
-        show_text(SAMPLE_PROMPT, continuation)
+        show_text(prompt, continuation)
     except Exception as error:  # generate() may be unfinished: no reason to fail after hours of training
         show_note(f"No sample text: generate() raised {type(error).__name__} ({first_line(error)}).")
-    checkpoint = folder / "model.pt"
-    print(
-        "Next:", command("generate.py", "--checkpoint", checkpoint), command("classify.py", checkpoint), sep="\n  "
-    )
+    print("Next:", command("generate.py", checkpoint), command("classify.py", checkpoint), sep="\n  ")
 
 
 def start_wandb(c: TrainingConfig, run_id: str | None) -> str | None:
-    """Start a W&B run if there is a login or WANDB_MODE is offline; return its id. A failure is only a note.
-
-    run_id continues an earlier run.
-    """
+    """Start a W&B run, or continue run_id, if there is a login or WANDB_MODE is offline; return its id."""
     mode = os.environ.get("WANDB_MODE")
     try:
         settings = wandb.Settings(silent=True, console="off", init_timeout=10, finish_timeout=30)

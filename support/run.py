@@ -16,16 +16,16 @@ import torch
 from filelock import FileLock
 
 from support.checkpoint import read_archive, save_tensors
-from support.config import load_config
 from support.data import Corpus, evenly_spaced
 from support.device import random_state, set_random_state
-from support.errors import UserError, as_run_stopped, first_line, require
+from support.errors import UserError, first_line, require
 from support.files import lock_folder
 from support.report import Report, finish_wandb, start_wandb
 from support.screen import show_note
 
 STATE = "training_state.pt"  # exists while a run is unfinished
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+WAYS = "choose another folder with --set output_dir=outputs/NAME, or replace that run with --fresh"
 
 
 class Run:
@@ -35,7 +35,8 @@ class Run:
         self.report, self.model, self.optimizer = report, model, optimizer
         self.validate, self.fresh, self.c, self.world = validate, fresh, report.c, report.world
         self.device, self.folder = report.hardware.device, Path(report.c.output_dir)
-        self.data_hash = fingerprint(report.corpus)
+        self.state_path = self.folder / STATE
+        self.config, self.data_hash = dataclasses.asdict(self.c), fingerprint(report.corpus)
         self.finished = False  # by an earlier command
         self.rows: list[list[float]] = []  # of each step done: loss, train-loss, learning-rate, val-loss or NaN
         self.seconds = self.save_seconds = 0.0  # spent training, and on the latest state
@@ -51,13 +52,10 @@ class Run:
                 for file in self.folder.glob(f".{STATE}.*.tmp"):  # of a process that was killed while it saved
                     file.unlink()
                 if self.fresh:
-                    (self.folder / STATE).unlink(missing_ok=True)
+                    self.state_path.unlink(missing_ok=True)
             self.world.first(self._restore)
-            self.saved_step = len(self.rows)
-            same = self.world.maximum(self.saved_step) == (self.saved_step,)
-            require(same, f"output_dir: the processes do not share the folder {self.folder}")
-            if self.saved_step:
-                show_note(f"Resuming the interrupted run at step {self.saved_step} (--fresh starts over).")
+            same_step = self.world.maximum(self.saved_step) == (self.saved_step,)
+            require(same_step, f"output_dir: the processes do not share the folder {self.folder}")
             if self.world.rank == 0 and not self.finished:
                 self.wandb_id = start_wandb(self.c, self.wandb_id)
         except BaseException:
@@ -70,36 +68,31 @@ class Run:
         return self
 
     def _restore(self) -> None:
-        """Load the state of an interrupted run, or notice a finished one."""
-        path, remedy = self.folder / STATE, "start over with --fresh"
-        if path.exists():
-            state = read_archive(path, remedy)
-            try:
-                self._require_same("interrupted", state["config"], state["data"])
-                n, n_here = len(state["random"]), self.world.size
-                require(n == n_here, f"{self.folder}: the run there has {n} processes, not {n_here}; {remedy}")
-                self.model.load_state_dict(state["model"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                set_random_state(state["random"][self.world.rank], self.device)
-                self.rows, self.seconds, self.wandb_id = (
-                    state["rows"].tolist(),
-                    state["seconds"],
-                    state["wandb_id"],
-                )
-            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-                raise UserError(f"{path}: damaged ({first_line(error)}); {remedy}") from None
-        elif not self.fresh and all((self.folder / name).exists() for name in ("model.pt", "config.yaml")):
-            data_hash = self.data_hash
-            with suppress(OSError, ValueError, LookupError, TypeError):
-                data_hash = json.loads((self.folder / "run.json").read_bytes())["data-sha256"]
-            config = load_config(str(self.folder / "config.yaml"))
-            self._require_same("finished", dataclasses.asdict(config), data_hash)
-            self.finished = True
-
-    def _require_same(self, kind: str, config: dict, data_hash: str) -> None:
-        differing = self.c.differing(config) or ["other tokens in data"] * (data_hash != self.data_hash)
-        ways = "choose another folder with --set output_dir=outputs/NAME, or replace that run with --fresh"
-        require(not differing, f"{self.folder}: the {kind} run there has {', '.join(differing)}; {ways}")
+        """Load the state of an interrupted run, or notice a finished one. Raises UserError for another run."""
+        interrupted = self.state_path.exists()
+        self.finished = not interrupted and not self.fresh and (self.folder / "model.pt").exists()
+        if not interrupted and not self.finished:
+            return
+        path = self.state_path if interrupted else self.folder / "run.json"
+        try:
+            earlier = read_archive(path, WAYS) if interrupted else json.loads(path.read_bytes())
+            differing = self.c.differing(earlier["config"])
+            differing = differing or ["other tokens in data"] * (earlier["data-sha256"] != self.data_hash)
+            require(not differing, f"{self.folder}: the run there has {', '.join(differing)}; {WAYS}")
+            if self.finished:
+                again = "--fresh trains it again and replaces these results"
+                show_note(f"This run has already finished. {again}; --set output_dir=outputs/NAME keeps them.")
+                return
+            n, n_here = len(earlier["random"]), self.world.size
+            require(n == n_here, f"{self.folder}: the run there has {n} processes, not {n_here}; {WAYS}")
+            self.model.load_state_dict(earlier["model"])
+            self.optimizer.load_state_dict(earlier["optimizer"])
+            set_random_state(earlier["random"][self.world.rank], self.device)
+            self.rows, self.seconds = earlier["rows"].tolist(), earlier["seconds"]
+            self.wandb_id, self.saved_step = earlier["wandb-id"], len(self.rows)
+        except (OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{path}: damaged ({first_line(error)}); {WAYS}") from None
+        show_note(f"Resuming the interrupted run at step {self.saved_step} (--fresh starts over).")
 
     def _receive(self, number: int, _frame) -> None:
         """Stop after the step; at a second signal, unless torchrun repeats the first one, at once."""
@@ -113,11 +106,11 @@ class Run:
     def on_step(self, result) -> None:
         """Log a step of `train`; evaluate or save if it is time to; stop if a signal came."""
         self.seconds += time.perf_counter() - self._clock
-        n_before, c, is_main = len(self.rows), self.c, self.world.rank == 0
-        started = f"train() began with step {result.step}, not with start_step = {n_before}"
-        require(result.step == n_before, f"{started}: write `for step in range(start_step, …)`, or use --fresh")
+        c, n, is_main = self.c, len(self.rows) + 1, self.world.rank == 0
+        started = f"train() began with step {result.step}, not with start_step = {n - 1}"
+        require(result.step == n - 1, f"{started}: write `for step in range(start_step, …)`, or use --fresh")
         self.rows.append([result.loss, result.train_loss, result.learning_rate, math.nan])
-        n, is_last = n_before + 1, n_before + 1 == c.num_training_steps
+        is_last = n == c.num_training_steps
         if is_main and c.eval_interval and n % c.eval_interval == 0 and not is_last:
             val = self.report.corpus.val
             rows = val[: len(val) // c.seq_len * c.seq_len].reshape(-1, c.seq_len)
@@ -142,18 +135,18 @@ class Run:
     def _save(self) -> None:
         started = time.perf_counter()
         state = {
+            "config": self.config,
+            "data-sha256": self.data_hash,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "config": dataclasses.asdict(self.c),
-            "data": self.data_hash,
             "random": self.world.gather(random_state(self.device)),
             "rows": torch.tensor(self.rows, dtype=torch.float64),
             "seconds": self.seconds,
-            "wandb_id": self.wandb_id,
+            "wandb-id": self.wandb_id,
         }
         try:
             if self.world.rank == 0:
-                save_tensors(self.folder / STATE, state)
+                save_tensors(self.state_path, state)
             self.saved_step = len(self.rows)
         except (OSError, MemoryError) as error:
             show_note(f"Could not save the state ({first_line(error)}); training continues.")
@@ -172,29 +165,25 @@ class Run:
             self.seconds = time.perf_counter() - self._clock
             show_note("train() did not call on_step after each step: this run drew no curve and could not resume.")
         save_tensors(self.folder / "model.pt", weights)
-        self.report.save(self.folder, result, self.rows, self.seconds, self.data_hash)
-        (self.folder / STATE).unlink(missing_ok=True)
+        origin = {"config": self.config, "data-sha256": self.data_hash}
+        self.report.save(self.folder, result, self.rows, self.seconds, origin)
+        self.state_path.unlink(missing_ok=True)
         self.result = result
 
     def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
         """Give everything back, and say where a stopped run would resume."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        hint = "Nothing was saved yet: rerun the same command to start over"
-        if self.saved_step:
-            hint = f"{self.folder / STATE} is kept: rerun the same command to resume at step {self.saved_step}"
-        if self.result:
-            hint = "The results are written"
         with suppress(OSError):  # the terminal may be gone
             self.report.close()
-            if isinstance(error, (SystemExit, KeyboardInterrupt)):
-                print(f"\nStopped. {hint}.", flush=True)
+            if error and not self.result:
+                hint = "Nothing was saved yet: rerun the same command to start over."
+                resume = f"{self.state_path} is kept: rerun the same command to resume at step {self.saved_step}."
+                print("\nStopped.", resume if self.saved_step else hint, flush=True)
         finish_wandb(self.result)
         self._lock.release()
         if error is None:
             self.world.leave()
-        elif stopped := as_run_stopped(error, self.c, hint):
-            raise stopped from error
 
 
 def fingerprint(corpus: Corpus) -> str:
