@@ -13,7 +13,7 @@ from model import DecoderLM
 from support.config import ModelConfig, TrainingConfig, load_config
 from support.device import Device, choose_device
 from support.errors import UserError, first_line, is_out_of_memory, require
-from support.files import ROOT, atomic_file, zip_problem
+from support.files import ROOT, atomic_file
 from support.screen import count
 from support.tokenizer import get_tokenizer
 
@@ -28,21 +28,18 @@ def read_archive(path: Path, remedy: str = RETRY) -> dict:
     contains anything but tensors and plain values.
     """
     require(path.is_file(), f"{path}: no such checkpoint; train one with python train.py")
-    require(zipfile.is_zipfile(path), f"{path}: {zip_problem(path, 'PyTorch checkpoint')}; {remedy}")
     try:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
-        require(wrong is None, f"{path}: damaged PyTorch checkpoint (wrong checksum of '{wrong}'); {remedy}")
+        require(wrong is None, f"{path}: damaged (wrong checksum of '{wrong}'); {remedy}")
         values = torch.load(path, map_location="cpu", weights_only=True)
-        require(
-            isinstance(values, dict), f"{path}: contains a {type(values).__name__}, not a state dict; {remedy}"
-        )
+        require(isinstance(values, dict), f"{path}: a {type(values).__name__} instead of a state dict; {remedy}")
     except UserError:
         raise
-    except Exception as error:  # a foreign archive fails in many ways
+    except Exception as error:  # a foreign or damaged archive fails in many ways
         if is_out_of_memory(error):
             raise
-        problem = f"damaged, or not a checkpoint of plain tensors ({first_line(error)})"
+        problem = f"not a PyTorch checkpoint of plain tensors, or damaged ({first_line(error)})"
         raise UserError(f"{path}: {problem}; {remedy}") from None
     return values
 
@@ -92,15 +89,9 @@ def _read_weights(path: Path, config: ModelConfig) -> dict:
 
 def _load_into(model: DecoderLM, state: dict, path: Path) -> None:
     """Load a state dict with exactly the model's keys and shapes, and finite values."""
-    own = model.state_dict()
-    for key, value in own.items():
-        if key.endswith("scale_factor"):  # a constant, which half precision would round
-            state[key] = value
-    for kind, keys in (("missing", own.keys() - state.keys()), ("unknown", state.keys() - own.keys())):
-        names = ", ".join(sorted(keys)[:3]) + " …" * (len(keys) > 3)
-        require(not keys, f"{path}: not a checkpoint of this model ({kind}: {names}); {RETRY}")
+    constants = {key: value for key, value in model.state_dict().items() if key.endswith("scale_factor")}
     try:
-        model.load_state_dict(state)
+        model.load_state_dict({**state, **constants})  # which half precision would have rounded
     except (RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: not a checkpoint of this model ({first_line(error)}); {RETRY}") from None
     for name, parameter in model.named_parameters():

@@ -1,7 +1,7 @@
 """The language modeling loss as a module, computed faster than its definition with the same value and gradients.
 
-With V = 50257, the (B, S, V) logits and their gradient take nearly all the memory and time of a small model. On
-a CPU, `ChunkedLanguageModelingLoss` computes them a few rows at a time: a step is 2 to 6 times as fast. On a GPU,
+The (B, S, V) logits and their gradient take nearly all the memory and time of a small model. On a CPU,
+`ChunkedLanguageModelingLoss` computes them a few rows at a time: GPT-tiny trains five times as fast. On a GPU,
 `SlicedLanguageModelingLoss` leaves out the last position before the logits are made, which saves copies.
 """
 
@@ -30,28 +30,23 @@ class PlainLoss(nn.Module):
         self.model, self.definition = model, definition
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids (B, S) -> scalar."""
         return self.definition(input_ids, self.model(input_ids))
 
 
 class SlicedLanguageModelingLoss(nn.Module):
-    """input_ids (B, S) -> mean next-token cross entropy, in float32 under autocast too."""
+    """input_ids (B, S) -> mean next-token cross entropy in nats, in float32 under autocast too."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids (B, S) -> scalar, in nats."""
         logits = self.model.token_logits(self.model.hidden_states(input_ids)[:, :-1])  # (B, S - 1, V)
         return F.cross_entropy(logits.flatten(end_dim=1), input_ids[:, 1:].flatten())
 
 
 class ChunkedLanguageModelingLoss(nn.Module):
-    """The same in little memory. `model` needs `hidden_states` and the tied `token_embeddings`.
-
-    The loss can be differentiated once; a second backward pass raises RuntimeError.
-    """
+    """The same in little memory, for a model with tied `token_embeddings`. It can be differentiated once."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -63,7 +58,6 @@ class ChunkedLanguageModelingLoss(nn.Module):
         self.hidden_states = torch.compile(self.model.hidden_states, **options)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids (B, S) -> scalar, in nats."""
         hidden = self.hidden_states(input_ids)[:, :-1].flatten(end_dim=1)  # (N, D)
         weight = self.model.token_embeddings.weight  # (V, D)
         labels = input_ids[:, 1:].flatten()  # (N,)
@@ -71,9 +65,7 @@ class ChunkedLanguageModelingLoss(nn.Module):
             return _ChunkedCrossEntropy.apply(hidden.to(weight.dtype), weight, labels, torch.is_grad_enabled())
 
 
-def choose_loss(
-    model: nn.Module, definition: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], device: torch.device
-) -> nn.Module:
+def choose_loss(model: nn.Module, definition: Callable, device: torch.device) -> nn.Module:
     """The fast loss of this device or, if a change of model.py makes it differ, the plain one, with a note.
 
     The definition maps input_ids (B, S) and logits (B, S, V) to the loss. No generator changes its state.
@@ -81,7 +73,7 @@ def choose_loss(
     fast = ChunkedLanguageModelingLoss if device.type == "cpu" else SlicedLanguageModelingLoss
     if _equals_plain(fast, model, definition, device):
         return fast(model)
-    show_note("model.py computes its logits in its own way: training uses the plain loss, which is slower.")
+    show_note("model.py computes its logits in its own way, so the plain loss is used, which is slower.")
     return PlainLoss(model, definition)
 
 

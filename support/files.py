@@ -55,13 +55,3 @@ def json_text(values: dict) -> str:
     """The values as JSON; NaN and infinity, which JSON lacks, become null."""
     finite = json.loads(json.dumps(values), parse_constant=lambda word: None)
     return json.dumps(finite, indent=2) + "\n"
-
-
-def zip_problem(path: Path, wanted: str) -> str:
-    """Why `path`, which should be a `wanted` (a format that is a zip archive), cannot be opened."""
-    with path.open("rb") as file:
-        start = file.read(64).lstrip()
-    if start.startswith(b"PK"):
-        return f"truncated or damaged {wanted}"
-    kind = "web page" if start.startswith(b"<") else "foreign file" if start else "empty file"
-    return f"{kind} instead of a {wanted}"
