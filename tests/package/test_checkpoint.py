@@ -23,10 +23,10 @@ V, SHAPE = 50257, KEYS["model_config"]
 
 
 class Bomb:
-    """Unpickled, it makes the folder code_ran."""
+    """Unpickled, it makes the file code_ran, which assert_refused would notice."""
 
     def __reduce__(self):
-        return (os.mkdir, ("code_ran",))
+        return open, ("code_ran", "w")
 
 
 def to_bytes(values) -> bytes:
@@ -86,8 +86,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(folder, capsys):
         (folder / "model.pt").write_bytes(content)
         print(kind)  # pytest shows the last one where this fails
         assert_refused(capsys, folder, ["model.pt", *words], generate, "model.pt", "--prompt", "It is")
-        assert not (folder / "code_ran").exists(), f"{kind}: code from the file ran"
-    pickle.loads(pickle.dumps(Bomb()))
+    pickle.loads(pickle.dumps(Bomb())).close()
     assert (folder / "code_ran").exists(), "the bomb would not have gone off"
 
 
@@ -129,7 +128,6 @@ def test_damaged_and_foreign_training_states_are_refused(tmp_path, monkeypatch, 
     for content in (good[:-1000], b"", foreign, pickle.dumps(Bomb()), with_bomb(good)):
         path.write_bytes(content)
         assert_refused(capsys, tmp_path, ["training_state.pt", "--fresh"], train, tiny.config)
-        assert not (tmp_path / "code_ran").exists(), "code from the file ran"
     path.write_bytes(good)
     assert tiny.main() == 0
 

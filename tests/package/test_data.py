@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import random
 
 import numpy as np
@@ -50,8 +49,10 @@ def documents_in(tokens):
 
 
 class Bomb:
+    """Unpickled, it makes the file code_ran, which assert_refused would notice."""
+
     def __reduce__(self):
-        return os.mkdir, ("code_ran",)
+        return open, ("code_ran", "w")
 
 
 def damaged(content: bytes) -> bytes:

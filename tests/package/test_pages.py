@@ -41,7 +41,8 @@ def test_soak_commands_of_a_page_work(page, tmp_path):
     text = (ROOT / page).read_text(encoding="utf-8")
     lines = re.findall(r"^(?:    )?((?:python|pytest|cp) [^\n]*)$", text, flags=re.MULTILINE)
     lines += re.findall(r"\| `(pytest [^`]*)` \|$", text, flags=re.MULTILINE)
-    commands = [line.partition("  #")[0].strip() for line in lines if not LEFT_OUT.search(line)]
+    commands = [line.partition("  #")[0].strip() for line in lines]
+    commands = [command for command in commands if not LEFT_OUT.search(command)]
     assert len(commands) >= 3
     environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
     for command in commands:
