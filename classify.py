@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = results.model_arguments("Call reviews good or bad with a trained language model.", batch_size=16)
     parser.add_argument("--calibrate", action="store_true", help="write the calibrated predictions")
     parser.add_argument("--data", help="a csv, jsonl or text file, 'yelp' (default) or 'sample'")
-    parser.add_argument("--limit", type=positive_int, default=1000, metavar="N", help="at most N (default: 1000)")
+    text = "at most N of the labelled ones, at random (default: 1000)"
+    parser.add_argument("--limit", type=positive_int, default=1000, metavar="N", help=text)
     args = parser.parse_args(argv)
 
     with exit_on_user_error():
@@ -82,12 +83,12 @@ def main(argv: list[str] | None = None) -> None:
         prompts = [YELP_TEMPLATE.format(text=text) for text in reviews.texts]
         label_tokens = [encode(YELP_LABEL_MAP[label])[0] for label in (0, 1)]
         logits = score_by_length(score, trained, prompts, args.batch_size, label_tokens)  # (N, 2)
-        seconds = time.perf_counter() - started
+        p, seconds = p_positive(logits, [0, 1]), time.perf_counter() - started
 
-        p = p_positive(logits, [0, 1])
-        labels = [classify_binary_sentiment(logits, [0, 1], calibrate) for calibrate in (False, True)]
-        boundaries = [decision_boundary(p, calibrate) for calibrate in (False, True)]
-        results.report_classification(trained, folder, reviews, p, labels, boundaries, args.calibrate, seconds)
+        predictions = [classify_binary_sentiment(logits, [0, 1], calibrate) for calibrate in (False, True)]
+        thresholds = [decision_boundary(p, calibrate) for calibrate in (False, True)]
+        summary = results.show_accuracies(reviews, p, predictions, thresholds)
+        results.write_classification(trained, folder, reviews, p, predictions, args.calibrate, summary, seconds)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 Shapes: B sequences in a batch, S tokens in each, V vocabulary size, P the model's n_positions.
 """
 
-import re
 import time
 from collections.abc import Callable
 
@@ -53,7 +52,6 @@ def keep_likely(probs: torch.Tensor, top_k: int | None = None, top_p: float | No
 
 def encode_prompt(tokenizer, text: str, n_positions: int) -> list[int]:
     """The last P tokens of the text; for an empty one `<|endoftext|>`, which starts a document."""
-    text = re.sub(r"(\s{1000})\s+", r"\1", text)  # tiktoken fails on hundreds of thousands of blanks
     return tokenizer.encode_ordinary(text)[-n_positions:] or [tokenizer.eot_token]
 
 

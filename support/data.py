@@ -8,19 +8,18 @@ converted once to such a folder, `<name>.tokens` beside it, and again when it ha
 import os
 import random
 import re
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from numpy.lib import format as npy
 
 from support.errors import UserError, first_line, require
 from support.files import DATA
-from support.tokenizer import SPLITS, token_folder
+from support.tokenizer import token_folder
 
+SPLITS = ("train", "val")
 # Dataset repositories on the Hugging Face Hub, the one file of each that is needed, and its name in data/.
 C4 = ("yimingzhang/llms-hw2", "tokens.npz", "tokens.npz")
 YELP = ("fancyzhx/yelp_polarity", "plain_text/test-00000-of-00001.parquet", "yelp_test.parquet")
@@ -44,8 +43,8 @@ def hub_file(repo: str, filename: str, name: str) -> tuple[Path | None, str]:
         os.replace(hf_hub_download(repo, filename, repo_type="dataset", local_dir=folder, token=False), path)
         return path, ""
     except Exception as error:  # a broken connection, a full disk: the client raises dozens of types
-        reason = re.sub(r"https?://[^\s:]+", "the Hub", f"{type(error).__name__}: {first_line(error)}")
-        return None, f"{repo}: no data/{name}, and it cannot be downloaded ({reason:.80})"
+        reason = re.sub(r"https?://[^\s:]+", "the Hub", first_line(error).partition(". ")[0])
+        return None, f"{repo} is not in data/{name} and cannot be downloaded ({reason:.80})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +54,7 @@ class Corpus:
     name: str
     train: np.ndarray
     val: np.ndarray
-    note: str | None = None  # what the reader of the results must know; printed loudly
+    note: str | None = None  # a caveat, printed as a warning
 
     def require_rows(self, seq_len: int, splits: tuple[str, ...]) -> None:
         """Raise UserError unless each of the splits has at least one row of seq_len tokens."""
@@ -82,10 +81,10 @@ def load_corpus(data: str | None, n_vocab: int) -> Corpus:
         if path:
             return Corpus("C4 (data/tokens.npz)", *read_tokens(path, n_vocab))
         require(data is None, f"data: c4: {problem}; put the file there, or use data: sample")
-        data, note = "sample", f"NOTE: this is the bundled sample of C4 ({problem}). {C4_NOTE}"
+        data, note = "sample", f"NOTE: this is the bundled sample of C4: {problem}. {C4_NOTE}"
     if data == "sample":
         return Corpus("bundled sample of C4", *read_tokens(DATA / "sample.npz", n_vocab), note)
-    known = "give tokens, a text, JSON lines, a folder of these, 'sample' or 'c4'"
+    known = "expected tokens, a text, JSON lines, a folder of these, 'sample' or 'c4'"
     require(Path(data).exists(), f"data: {data}: no such file or folder; {known}")
     return Corpus(data, *read_tokens(Path(data), n_vocab))
 
@@ -95,11 +94,28 @@ def read_tokens(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
 
     Raises UserError if the path cannot be read or contains anything but token ids in [0, n_vocab).
     """
-    if path.is_dir() and any(path.glob("*.npy")):
-        return _read_folder(path, n_vocab)
-    if path.suffix.lower() == ".npz":
-        return _read_npz(path, n_vocab)
-    return _read_folder(token_folder(path), n_vocab)
+    is_npz, remedy = path.suffix.lower() == ".npz", "build it again with data/prepare.py"
+    if not is_npz and not any(path.glob("*.npy")):
+        path = token_folder(path)
+    try:
+        if is_npz:
+            with np.load(path, allow_pickle=False) as archive:  # compares the CRC of what it reads
+                splits = {split: np.asarray(archive[split]) for split in SPLITS if split in archive}
+        else:
+            splits = {split: np.load(path / f"{split}.npy", "r", allow_pickle=False) for split in SPLITS}
+    except Exception as error:  # zipfile, zlib and numpy raise many types; a damaged size is a MemoryError
+        raise UserError(f"{path}: not tokens, damaged or too large ({first_line(error)}); {remedy}") from None
+    require("val" in splits, f"{path}: 'val' is missing; {remedy}")
+    for split, tokens in splits.items():
+        problem = f"type {tokens.dtype} and shape {tokens.shape} instead of a non-empty 1-D array of integers"
+        valid = tokens.dtype.kind in "iu" and tokens.ndim == 1 and len(tokens) > 0
+        require(valid, f"{path}, {split}: {problem}; {remedy}")
+        # Of a file that stays on the disk, evenly spaced parts are enough to notice another tokenizer.
+        parts = [tokens] if is_npz else list(evenly_spaced(tokens))
+        smallest, largest = min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
+        problem = f"token id {smallest if smallest < 0 else largest}, but the tokenizer has 0 to {n_vocab - 1}"
+        require(smallest >= 0 and largest < n_vocab, f"{path}, {split}: {problem}; {remedy}")
+    return splits.get("train", np.empty(0, np.uint16)), splits["val"]
 
 
 def evenly_spaced(tokens: np.ndarray, at_most: int = 1 << 24) -> Iterator[np.ndarray]:
@@ -121,45 +137,6 @@ def unigram_entropy(tokens: np.ndarray, n_vocab: int) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def _read_folder(folder: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    splits = []
-    for path in (folder / f"{split}.npy" for split in SPLITS):
-        try:
-            tokens = npy.open_memmap(path, mode="r")  # never unpickles
-        except Exception as error:  # numpy raises many types for a file that is not an array
-            raise UserError(f"{path}: not a numpy array ({first_line(error)}); build the folder again") from None
-        _check_tokens(tokens, str(path), n_vocab)
-        splits.append(tokens)
-    return splits[0], splits[1]
-
-
-def _read_npz(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    remedy = "download it again or build it with data/prepare.py"
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            found = archive.files
-            # Reading an array checks its CRC. A member that is not an array is read as bytes.
-            splits = {key: np.asarray(archive[key]) for key in SPLITS if key in found}
-    except Exception as error:  # zipfile, zlib and numpy raise many types; a damaged size is a MemoryError
-        reason = first_line(error) if zipfile.is_zipfile(path) else "it is not a zip archive"
-        raise UserError(f"{path}: not an .npz file, damaged or too large ({reason}); {remedy}") from None
-    for key in ("val",) if found == ["val"] else SPLITS:
-        require(key in found, f"{path}: '{key}' is missing, found {', '.join(found) or 'nothing'}; {remedy}")
-        _check_tokens(splits[key], f"{path}: '{key}'", n_vocab)
-    return splits.get("train", np.empty(0, np.uint16)), splits["val"]
-
-
-def _check_tokens(tokens: np.ndarray, where: str, n_vocab: int) -> None:
-    problem = f"type {tokens.dtype} and shape {tokens.shape} instead of a non-empty 1-D array of integers"
-    valid = tokens.dtype.kind in "iu" and tokens.ndim == 1 and len(tokens) > 0
-    require(valid, f"{where}: {problem}; build the file with data/prepare.py")
-    # Of a file that stays on the disk, evenly spaced parts are enough to notice another tokenizer.
-    parts = list(evenly_spaced(tokens)) if isinstance(tokens, np.memmap) else [tokens]
-    smallest, largest = min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
-    problem = f"token id {smallest if smallest < 0 else largest}, but the tokenizer's ids are 0 to {n_vocab - 1}"
-    require(smallest >= 0 and largest < n_vocab, f"{where}: {problem}; tokenise the text with that tokenizer")
-
-
 @dataclass(frozen=True)
 class Reviews:
     """Texts to classify, with their labels (0 negative, 1 positive) if these are known."""
@@ -167,9 +144,7 @@ class Reviews:
     name: str
     texts: list[str]
     labels: list[int] | None
-    rows: list[int]  # their positions in the data, from 0
-    n_total: int  # reviews in the data
-    note: str | None  # what the reader of the results must know; printed loudly
+    note: str | None  # a caveat, printed as a warning
 
 
 def load_reviews(data: str | None, limit: int, fits: Callable[[str], bool], seed: int = 42) -> Reviews:
@@ -184,19 +159,20 @@ def load_reviews(data: str | None, limit: int, fits: Callable[[str], bool], seed
         path, problem = hub_file(*YELP)
         require(path is not None or data is None, f"--data yelp: {problem}; put it there, or give --data sample")
         if path is None:
-            data, note = "sample", f"NOTE: this is NOT Yelp ({problem}). {YELP_NOTE}"
+            data, note = "sample", f"NOTE: this is NOT Yelp: {problem}. {YELP_NOTE}"
     if data == "sample":
         name, path = "bundled sample of product reviews", DATA / "reviews.jsonl"
     from support.text import read_reviews
 
     reviews = list(read_reviews(path))
-    require(bool(reviews), f"{name}: contains no review; add some or give another file")
-    labelled = [label is not None for _, label in reviews]
-    require(all(labelled) or not any(labelled), f"{name}: some of the texts lack a label; label all or none")
-    rows = list(range(len(reviews)))
-    if any(labelled):
-        random.Random(seed).shuffle(rows)
-        rows = sorted(islice((row for row in rows if fits(reviews[row][0])), limit))
-        require(bool(rows), f"{name}: none of the {len(reviews)} reviews fits the model; use shorter ones")
-    texts, labels = zip(*(reviews[row] for row in rows), strict=True)
-    return Reviews(name, list(texts), list(labels) if any(labelled) else None, rows, len(reviews), note)
+    require(bool(reviews), f"{name}: contains no review; add some or choose another file")
+    labelled = {label is not None for _, label in reviews}
+    require(len(labelled) == 1, f"{name}: some of the texts lack a label; label all or none")
+    if True in labelled:
+        order = list(range(len(reviews)))
+        random.Random(seed).shuffle(order)
+        chosen = sorted(islice((i for i in order if fits(reviews[i][0])), limit))
+        require(bool(chosen), f"{name}: none of the {len(reviews)} reviews fits the model; use shorter ones")
+        reviews = [reviews[i] for i in chosen]
+    texts, labels = map(list, zip(*reviews, strict=True))
+    return Reviews(name, texts, labels if True in labelled else None, note)

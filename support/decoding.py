@@ -1,4 +1,4 @@
-"""What makes generating and scoring fast, handed to the plain functions or put around them by their main().
+"""What makes generating and scoring fast, handed to the plain functions or wrapped around them.
 
 In a causal model, the keys and values of a token do not change when tokens are appended to it: CachedDecoder keeps
 them, so that each step of generate() reads the new tokens only.
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from model import DecoderLM
 from support.checkpoint import TrainedModel
-from support.errors import RunStopped, first_line
+from support.errors import RunStopped, first_line, require
 from support.screen import show_note
 
 TOLERANCE = 1e-3  # of the largest logit: far above rounding, far below a wrong context
@@ -34,27 +34,27 @@ class CachedDecoder:
     @torch.inference_mode()
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Return `model(input_ids, attention_mask)[:, -1]`."""
-        n_known, self.read = self._n_known(input_ids, attention_mask), None  # in case the call fails half-way
-        with self._reading_from(n_known):
-            hidden = self.model.hidden_states(input_ids, attention_mask)  # (B, S - n_known, D)
+        n_cached, self.read = self._n_cached(input_ids, attention_mask), None  # in case the call fails half-way
+        with self._reading_from(n_cached):
+            hidden = self.model.hidden_states(input_ids, attention_mask)  # (B, S - n_cached, D)
         self.read = input_ids, attention_mask
         return self.model.token_logits(hidden[:, -1])
 
-    def _n_known(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:
+    def _n_cached(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:
         """How many of the tokens are in the cache: those of the call before if this one continues it, or none."""
         S = self.read[0].shape[1] if self.read else 0
         start = input_ids[:, :S], attention_mask[:, :S]
         return S if self.read and input_ids.shape[1] > S and all(map(torch.equal, start, self.read)) else 0
 
     @contextmanager
-    def _reading_from(self, n_known: int) -> Iterator[None]:
-        """Let embed() return the tokens from n_known on only, and q_kT_v() the cached keys and values too."""
+    def _reading_from(self, n_cached: int) -> Iterator[None]:
+        """Let embed() return the tokens from n_cached on only, and q_kT_v() the cached keys and values too."""
         embed, modules = self.model.embed, [block.mha for block in self.model.blocks]
 
         def with_cache(mha, q_kT_v):
             def extended(x):
                 q, kT, v = q_kT_v(x)
-                if n_known > 0:
+                if n_cached > 0:
                     old_kT, old_v = self.cache[mha]
                     kT, v = torch.cat([old_kT, kT], dim=3), torch.cat([old_v, v], dim=2)
                 self.cache[mha] = kT, v
@@ -63,7 +63,7 @@ class CachedDecoder:
             return extended
 
         try:  # an attribute of the object hides the method of its class
-            self.model.embed = lambda input_ids, attention_mask=None: embed(input_ids, attention_mask)[:, n_known:]
+            self.model.embed = lambda input_ids, mask=None: embed(input_ids, mask)[:, n_cached:]
             for mha in modules:
                 mha.q_kT_v = with_cache(mha, mha.q_kT_v)
             yield
@@ -79,31 +79,28 @@ def choose_decoder(trained: TrainedModel, generate: Callable) -> dict[str, Calla
     The model itself, with a note, if the cache does not give its own logits on a small batch. Raises RunStopped if
     the logits are not finite, now or later.
     """
+    if "next_token_logits" not in signature(generate).parameters:  # only the handout's arguments
+        return {}
 
     def plain(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         return trained.model(input_ids, attention_mask)[:, -1]
 
-    decoder, problem = CachedDecoder(trained.model), None
+    decoder = CachedDecoder(trained.model)
     S = min(6, trained.config.model_config.n_positions)
     input_ids = torch.arange(S, device=trained.device).repeat(2, 1)
     mask = torch.ones(2, S, device=trained.device)
     mask[1, : S // 2] = 0.0  # padding
+    batches = [(input_ids[:, :n], mask[:, :n]) for n in (max(1, S - 1), S)]  # the second continues the first
     with torch.inference_mode():
-        for n_read in (max(1, S - 1), S):  # the second call continues the first
-            batch = input_ids[:, :n_read], mask[:, :n_read]
-            logits = finite(plain(*batch))
-            try:
-                difference = ((decoder(*batch) - logits).abs().max() / logits.abs().max()).item()
-                problem = problem or (
-                    f"the logits differ by {difference:.1%}" if not difference <= TOLERANCE else None
-                )
-            except Exception as error:  # a changed model.py can fail in any way
-                problem = first_line(error)
-    if problem:
-        show_note(f"Generating without cached keys and values, which do not fit this model.py: {problem}.")
-        decoder = plain
-    if "next_token_logits" not in signature(generate).parameters:  # only the handout's arguments
-        return {}
+        expected = [finite(plain(*batch)) for batch in batches]
+        try:
+            for batch, logits in zip(batches, expected, strict=True):
+                atol = TOLERANCE * logits.abs().max().item()
+                require(torch.allclose(decoder(*batch), logits, rtol=0, atol=atol), "its logits differ")
+        except Exception as error:  # a changed model.py can fail in any way
+            problem = first_line(error)
+            show_note(f"Generating without the key/value cache, which does not match this model.py: {problem}.")
+            decoder = plain
     return {"next_token_logits": lambda input_ids, attention_mask: finite(decoder(input_ids, attention_mask))}
 
 

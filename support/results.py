@@ -20,13 +20,13 @@ from support.screen import bold, command, heading, show_facts, show_note, show_t
 from support.text import read_prefixes
 
 KINDS = ("without calibration", "with calibration")
-TEXT = "model.pt to use, or its folder (default: the newest in outputs/)"
+CHECKPOINT_HELP = "model.pt to use, or its folder (default: the newest in outputs/)"
 
 
 def model_arguments(description: str, batch_size: int) -> ArgumentParser:
     """A parser with the arguments that say which model to use, how, and where its results go."""
     parser = ArgumentParser(description=description)
-    parser.add_argument("checkpoint", nargs="?", default=SUPPRESS, help=TEXT)
+    parser.add_argument("checkpoint", nargs="?", default=SUPPRESS, help=CHECKPOINT_HELP)
     parser.add_argument("--checkpoint", metavar="PATH", help="the same as a flag")
     parser.add_argument("--config", help="training YAML of the model; it is then <output_dir>/model.pt")
     parser.add_argument("--device", default="auto", help="auto (default), cuda, mps or cpu, as in the YAML")
@@ -38,7 +38,7 @@ def model_arguments(description: str, batch_size: int) -> ArgumentParser:
 def load_model(args: Namespace) -> tuple[TrainedModel, Path]:
     """The model that the arguments name, and the folder for its results; UserError if it cannot be written to."""
     trained = load_trained_model(args.config, args.checkpoint, args.device)
-    folder = Path(args.out) if args.out else trained.folder
+    folder = Path(args.out) if args.out else trained.path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()
@@ -66,8 +66,6 @@ def show_generation_header(trained: TrainedModel, args: Namespace) -> None:
     settings = [f"{name} {getattr(args, name):g}" for name in names if getattr(args, name) is not None]
     sampling = ", ".join(settings) if args.temperature > 0 else "greedy (temperature 0)"
     show_facts({**trained.facts(), "sampling": f"{sampling}, up to {args.max_new_tokens} new tokens"})
-    if args.temperature == 0 and (args.top_k or args.top_p or args.seed or args.num_samples > 1):
-        show_note("The flags of sampling have no effect at temperature 0; add --temperature 0.8, for example.")
 
 
 def show_texts(trained: TrainedModel, prompts: list[str], texts: list[str]) -> list[tuple[str, str]]:
@@ -96,53 +94,59 @@ def show_classification_header(trained: TrainedModel, reviews: Reviews, template
     heading("classify")
     if reviews.note:
         show_note(reviews.note)
-    facts = f"{reviews.name}: {len(reviews.texts)} of {reviews.n_total}"
+    facts, n_positions = f"{reviews.name}: {len(reviews.texts)}", trained.config.model_config.n_positions
     if reviews.labels is None:
         facts += ", without labels"
     else:
-        n_positions = trained.config.model_config.n_positions
         facts += f" that fit into {n_positions} tokens, {np.mean(reviews.labels):.1%} positive"
     prompt = f"{template!r}, then {labels[1]!r} or {labels[0]!r}"
     show_facts({**trained.facts(), "reviews": facts, "prompt": prompt})
 
 
-def report_classification(
+def show_accuracies(
+    reviews: Reviews, p: torch.Tensor, predictions: list[list[int]], thresholds: list[float]
+) -> dict:
+    """Print and return both accuracies or, for texts without labels, only how many are called positive.
+
+    p (N,) is p(positive) of each review. `predictions` and `thresholds` are without and with calibration.
+    """
+    threshold = dict(zip(KINDS, thresholds, strict=True))
+    labels, what = (1, "positive") if reviews.labels is None else (np.array(reviews.labels), "accuracy")
+    rates = {kind: np.mean(np.array(row) == labels) for kind, row in zip(KINDS, predictions, strict=True)}
+    for kind, rate in rates.items():
+        print("  " + bold(f"{rate:6.1%}") + f"  {what} {kind}, threshold {threshold[kind]:.4f}")
+    summary = {"reviews": reviews.name, "n": len(p), "boundary": threshold}
+    if reviews.labels is None:
+        return summary
+    majority, auc = max(labels.mean(), 1 - labels.mean()), area_under_roc(p.numpy(), labels)
+    print(f"  {0.5:6.1%}  a coin flip\n  {majority:6.1%}  always the more frequent label")
+    print(f"  {auc:6.3f}  AUC: 0.5 is chance, 1 ranks every positive above every negative")
+    return {**summary, "accuracy": rates, "majority-share": majority, "auc": auc}
+
+
+def write_classification(
     trained: TrainedModel,
     folder: Path,
     reviews: Reviews,
     p: torch.Tensor,
     predictions: list[list[int]],
-    thresholds: list[float],
     calibrate: bool,
+    summary: dict,
     seconds: float,
 ) -> None:
-    """Print both accuracies; write classification.csv, .json and .png.
-
-    p (N,) is p(positive) of each review. `predictions` and `thresholds` are without and with calibration;
-    `calibrate` says which predictions are written; scoring took `seconds`.
-    """
-    p, labels, threshold = p.numpy(), reviews.labels, dict(zip(KINDS, thresholds, strict=True))
-    results = {"checkpoint": str(trained.path), "reviews": reviews.name, "n": len(p), "boundary": threshold}
-    table = {"row": reviews.rows, "text": reviews.texts, "p": p.tolist(), "prediction": predictions[calibrate]}
-    right, what = (1, "positive") if labels is None else (np.array(labels), "accuracy")
-    rates = {
-        kind: np.mean(np.array(predicted) == right) for kind, predicted in zip(KINDS, predictions, strict=True)
-    }
-    for kind, rate in rates.items():
-        print("  " + bold(f"{rate:6.1%}") + f"  {what} {kind}, threshold {threshold[kind]:.4f}")
-    if labels is not None:
-        table["label"], majority, auc = labels, max(right.mean(), 1 - right.mean()), area_under_roc(p, right)
-        results |= {"accuracy": rates, "majority-share": majority, "auc": auc}
-        print(f"  {0.5:6.1%}  a coin flip\n  {majority:6.1%}  always this set's majority class")
-        print(f"  {auc:6.3f}  AUC: 0.5 is chance, 1 ranks every positive above every negative")
-
+    """Write classification.csv, .json and .png; `calibrate` chooses the predictions, scoring took `seconds`."""
+    table = {"text": reviews.texts, "p": p.tolist(), "prediction": predictions[calibrate]}
+    if reviews.labels is not None:
+        table["label"] = reviews.labels
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([table, *zip(*table.values(), strict=True)])
     write_atomically(folder / "classification.csv", file.getvalue())
-    write_atomically(folder / "classification.json", json_text({**results, "predictions": KINDS[calibrate]}))
+    summary = {"checkpoint": str(trained.path), **summary, "predictions": KINDS[calibrate]}
+    write_atomically(folder / "classification.json", json_text(summary))
     try:
-        plot_histogram(p, labels, threshold, f"{trained.path}, {reviews.name}", folder / "classification.png")
-    except Exception as error:  # no matplotlib, for example: no reason to lose the rest
+        title = f"{trained.path}, {reviews.name}"
+        plot_histogram(p.numpy(), reviews.labels, summary["boundary"], title, folder / "classification.png")
+    except Exception as error:  # no matplotlib, for example
         show_note(f"Could not draw classification.png: {first_line(error)}")
     other = ("generate.py", trained.path) if calibrate else ("classify.py", trained.path, "--calibrate")
     print(f"\nNext:\n  {command(*other)}\n")
@@ -170,15 +174,13 @@ def plot_histogram(
     groups = {"all": p}
     if labels is not None:
         groups = {"truly bad": p[np.array(labels) == 0], "truly good": p[np.array(labels) == 1]}
-    figure = Figure((8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    axes = (figure := Figure((8, 4.5), layout="constrained")).subplots()
     bins = np.linspace(p.min(), p.max() + 1e-6, 41)
     for (name, values), colour in zip(groups.items(), ("#c2513c", "#2f8f6b"), strict=False):
         axes.hist(values, bins, color=colour, alpha=0.55, label=f"{name} ({len(values)} texts)")
     for (name, threshold), line in zip(thresholds.items(), (":", "--"), strict=True):
         axes.axvline(threshold, color="#333333", linestyle=line, label=f"threshold {name} = {threshold:.3f}")
     axes.set(xlabel='p(positive): share of " good" against " bad" as the next token', ylabel="texts", title=title)
-    axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # room for the legend
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="best")
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=130)

@@ -1,7 +1,4 @@
-"""What people bring: texts, reviews and prompts in files and folders, recognised by their content.
-
-What cannot be read is a UserError that names the place.
-"""
+"""Input files: texts, reviews and prompts. What cannot be read is a UserError that names the place."""
 
 import csv
 import gzip
@@ -61,7 +58,7 @@ def read_lines(path: Path) -> Iterator[str]:
         raise UserError(f"{path}, line {number}: not UTF-8 text; save it as UTF-8 (Excel: CSV UTF-8)") from None
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{path}: cannot be read ({reason}); give another file") from None
+        raise UserError(f"{path}: cannot be read ({reason}); choose another file") from None
 
 
 def is_json(path: Path) -> bool:
@@ -96,7 +93,8 @@ def parse_json(place: str, text: str):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: invalid JSON ({first_line(error)}); give a list or one object a line") from None
+        wanted = "expected a list, or one object per line"
+        raise UserError(f"{place}: invalid JSON ({first_line(error)}); {wanted}") from None
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -149,7 +147,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
         columns = parquet.read_table(path, columns=["text", "label"]).to_pydict()
         texts = [text.replace("\\n", "\n").replace('\\"', '"') for text in columns["text"]]
     except Exception as error:  # pyarrow raises many types for a file that is not parquet
-        raise UserError(f"{path}: cannot be read as parquet ({first_line(error)}); give another file") from None
+        raise UserError(f"{path}: cannot be read as parquet ({first_line(error)}); choose another file") from None
     for n, (text, label) in enumerate(zip(texts, columns["label"], strict=True), start=1):
         yield f"{path}, row {n}", {"text": text, "label": label}
 
@@ -158,5 +156,5 @@ def read_prefixes(path: str | None) -> list[str]:
     """The prompts of a JSON list or JSON lines, by default prefixs.json: strings, or {"prefix": "…"}."""
     path = Path(path or ROOT / "prefixs.json")
     prefixes = [record["prefix"] for _, record in read_json(path, "prefix")]
-    require(bool(prefixes), f"{path}: contains no prefix; give a JSON list of strings")
+    require(bool(prefixes), f"{path}: contains no prefix; expected a JSON list of strings")
     return prefixes

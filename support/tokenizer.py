@@ -1,4 +1,4 @@
-"""GPT-2's byte-pair tokenizer, from the bundled vocabulary; it needs no network.
+"""GPT-2's byte-pair tokenizer, from the bundled vocabulary, and folders of the tokens of a text.
 
     >>> get_tokenizer().encode_ordinary("Hello world")
     [15496, 995]
@@ -20,13 +20,12 @@ from typing import BinaryIO
 
 import numpy as np
 import tiktoken
-from numpy.lib import format as npy
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from support.errors import UserError, require
 from support.files import DATA, atomic_file, write_atomically
 
-SPLITS = ("train", "val")
+TOKEN = "<u2"  # 16 bits, for ids up to 65,535
 FORMAT = 6  # raise it when the split or the tokenisation changes: texts are then converted again
 BLANKS = re.compile(r"(\s{1000})\s+")
 VOCABULARY = DATA / "gpt2.tiktoken"
@@ -35,10 +34,6 @@ VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838
 
 class Tokenizer(tiktoken.Encoding):
     """A tiktoken.Encoding that cuts runs of blanks to 1,000: half a million of them crash tiktoken."""
-
-    def encode(self, text: str, **special) -> list[int]:
-        """As tiktoken does."""
-        return super().encode(BLANKS.sub(r"\1", text), **special)
 
     def encode_ordinary(self, text: str) -> list[int]:
         """As tiktoken does."""
@@ -61,12 +56,13 @@ def get_tokenizer(name: str = "gpt2") -> tiktoken.Encoding:
     return Tokenizer("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 
-def tokenise(documents: Iterable[str], tokenizer: tiktoken.Encoding, file: BinaryIO) -> Iterator[int]:
+def tokenise(documents: Iterable[str], file: BinaryIO) -> Iterator[int]:
     """Write the tokens to `file` as bare uint16, `<|endoftext|>` after each document; yield each one's length."""
+    tokenizer = get_tokenizer()
     for text in documents:
         if text.strip():
             tokens = [*tokenizer.encode_ordinary(text), tokenizer.eot_token]
-            file.write(np.array(tokens, dtype="<u2").tobytes())
+            file.write(np.array(tokens, dtype=TOKEN).tobytes())
             yield len(tokens)
 
 
@@ -75,14 +71,12 @@ def n_held_out(n_tokens: int) -> int:
     return max(-(-n_tokens // 100), min(65_536, -(-n_tokens // 10)))
 
 
-def save_tokens(file: BinaryIO, spool: BinaryIO, runs: Iterable[tuple[int, int]]) -> None:
-    """Write parts of a file of bare uint16 tokens, from start to end each, as one .npy, in little memory."""
-    shape = (sum(end - start for start, end in runs),)
-    npy.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": shape})
-    for start, end in runs:
-        spool.seek(2 * start)
-        for position in range(start, end, 1 << 20):
-            file.write(spool.read(2 * min(1 << 20, end - position)))
+def save_folder(folder: Path, splits: dict[str, np.ndarray]) -> None:
+    """Write each split to an .npy file in the folder. Arrays that are memory-mapped stay on the disk."""
+    folder.mkdir(exist_ok=True)
+    for split, tokens in splits.items():
+        with atomic_file(folder / f"{split}.npy") as file:
+            np.save(file, tokens)
 
 
 def token_folder(path: Path) -> Path:
@@ -101,12 +95,10 @@ def token_folder(path: Path) -> Path:
         problem = f"{folder.parent}: the tokens of the text cannot be written there ({error.strerror})"
         raise UserError(f"{problem}; copy the text to a folder of yours") from None
     with spool:
-        n_tokens = sum(tokenise(read_documents(path), get_tokenizer(), spool))
-        require(n_tokens > 0, f"{path}: contains no text to train on; give a file with text")
+        n_tokens = sum(tokenise(read_documents(path), spool))
+        require(n_tokens > 0, f"{path}: contains no text to train on; choose a file with text")
+        tokens = np.memmap(spool, TOKEN, mode="r")
         end = n_tokens - n_held_out(n_tokens)
-        folder.mkdir(exist_ok=True)
-        for split, run in zip(SPLITS, [(0, end), (end, n_tokens)], strict=True):
-            with atomic_file(folder / f"{split}.npy") as file:
-                save_tokens(file, spool, [run])
+        save_folder(folder, {"train": tokens[:end], "val": tokens[end:]})
     write_atomically(note, source)
     return folder

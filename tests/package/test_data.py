@@ -74,7 +74,7 @@ BAD_FILES = {
     "negative.npz": (npz(train=GOOD - 1, val=GOOD), ["-1"]),
     "too large.npz": (npz(train=GOOD + (N_VOCAB - 49), val=GOOD), [str(N_VOCAB)]),
     "code.npz": (npz(train=np.array([Bomb()]), val=GOOD), []),
-    "other names.npz": (npz(train=GOOD, valid=GOOD), ["val", "valid"]),
+    "other names.npz": (npz(train=GOOD, valid=GOOD), ["val"]),
     "truncated.npz": (npz(train=GOOD, val=GOOD)[:-100], []),
     "damaged.npz": (damaged(npz(train=GOOD, val=GOOD)), []),
     "no json.jsonl": (b'{"text": "x"}\n\n{"text": \n', ["line 3"]),
@@ -117,7 +117,7 @@ def test_tokens_keep_their_type_and_a_folder_is_memory_mapped(tmp_path):
         np.save(tmp_path / f"{name}.npy", random_tokens(300))
     assert isinstance(corpus_of(tmp_path).train, np.memmap)
     (tmp_path / "train.npy").write_bytes((tmp_path / "train.npy").read_bytes()[:-10])
-    with pytest.raises(UserError, match=r"train\.npy"):
+    with pytest.raises(UserError, match=tmp_path.name):
         corpus_of(tmp_path)
 
 
@@ -242,22 +242,18 @@ def write_pages(path, n_pages):
     return path
 
 
-def test_prepare_draws_whole_documents_repeats_itself_and_draws_reviews(tmp_path):
+def test_prepare_takes_whole_documents_in_order(tmp_path):
     pages = write_pages(tmp_path / "pages.jsonl", 200)
-    for name in ("a.npz", "b.npz", "folder"):
-        assert status(prepare, pages, tmp_path / name, "--tokens", 3000, "--val-tokens", 400) == 0
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-    corpus = corpus_of(tmp_path / "a.npz")
-    assert 3000 <= len(corpus.train) < 3300 and 400 <= len(corpus.val) < 700
-    numbers = [page.split()[1] for page in documents_in(corpus.train) + documents_in(corpus.val)]
-    assert len(set(numbers)) == len(numbers), "a page was drawn twice"
-    assert np.array_equal(all_tokens(tmp_path / "folder"), all_tokens(tmp_path / "a.npz"))
+    for name in ("tokens.npz", "folder"):
+        assert status(prepare, pages, tmp_path / name, "--tokens", 3000) == 0
+    corpus = corpus_of(tmp_path / "tokens.npz")
+    assert 3000 <= len(corpus.train) < 3300 and 150 <= len(corpus.val) < 450, "a twentieth is held out"
+    numbers = [int(page.split()[1]) for page in documents_in(corpus.train) + documents_in(corpus.val)]
+    assert numbers == list(range(len(numbers)))
+    assert np.array_equal(all_tokens(tmp_path / "folder"), all_tokens(tmp_path / "tokens.npz"))
     assert status(prepare, pages, tmp_path / "all.npz", "--val-only") == 0
     with np.load(tmp_path / "all.npz") as archive:
-        assert archive.files == ["val"] and sorted(archive["val"]) == sorted(all_tokens(pages))
-    assert status(prepare, pages, tmp_path / "out.jsonl", "--reviews", 20) == 0
-    drawn = reviews_of(tmp_path / "out.jsonl")
-    assert len(set(drawn.texts)) == 20 and sum(drawn.labels) == 10, "half of each label"
+        assert archive.files == ["val"] and np.array_equal(archive["val"], all_tokens(pages))
 
 
 def test_prepare_refuses_what_it_cannot_do(tmp_path, capsys, monkeypatch):
@@ -269,8 +265,7 @@ def test_prepare_refuses_what_it_cannot_do(tmp_path, capsys, monkeypatch):
         ([pages, "no/out"], ["no"]),
         ([pages, "c.npz", "--tokens", 99999], ["tokens"]),
         (["one.txt", "out", "--tokens", 100], ["document"]),
-        (["one.txt", "out", "--reviews", "10"], ["one.txt"]),
-        ([pages, pages, "--reviews", "10"], ["pages.jsonl"]),
+        ([pages, pages], ["pages.jsonl"]),
         ([pages, "out", "--tokns", "10"], ["tokns", "tokens"]),
         (["hf:some/thing", "out"], ["some/thing"]),
     ):
