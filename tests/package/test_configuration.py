@@ -44,29 +44,20 @@ def edit(old: str, new: str) -> str:
     return COURSE_YAML.replace(old, new)
 
 
-BILLION = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
 BAD_YAML = {
-    "empty": ("", []),
     "syntax": (edit("batch_size: 4", "batch_size: [4"), ["line"]),
     "missing key": (edit("batch_size: 4\n", ""), ["batch_size"]),
     "unknown key": (edit("batch_size", "batchsize"), ["batchsize", "batch_size"]),
     "duplicate key": (COURSE_YAML + "batch_size: 5\n", ["batch_size"]),
     "mistyped": (edit("batch_size: 4", "batch_size: four"), ["batch_size", "four"]),
-    "bool": (edit("batch_size: 4", "batch_size: true"), ["batch_size"]),
     "model_config no mapping": (re.sub("model_config: .*", "model_config: 7", COURSE_YAML), ["model_config"]),
     "heads": (edit("n_head: 2", "n_head: 3"), ["n_embd", "8", "n_head", "3"]),
     "seq_len": (edit("seq_len: 32", "seq_len: 65"), ["seq_len", "65", "n_positions", "64"]),
     "warm-up": (edit("num_warmup_steps: 1", "num_warmup_steps: 4"), ["num_warmup_steps", "num_training_steps"]),
-    "rates swapped": (edit("min_lr: 1e-4", "min_lr: 1e-2"), ["min_lr", "max_lr"]),
-    "nan rate": (edit("max_lr: 5e-4", "max_lr: .nan"), ["max_lr"]),
     "checkpoint_interval": (COURSE_YAML + "checkpoint_interval: 1h\n", ["checkpoint_interval"]),
-    "tokenizer": (edit("gpt2", "gpt3"), ["gpt3", "gpt2"]),
     "device": (edit("device: auto", "device: gpu"), ["device", "gpu"]),
     "code": (edit("5e-4", "!!python/object/apply:os.system ['touch code_ran']"), []),
     "sexagesimal": (edit("num_training_steps: 3", "num_training_steps: 1:30"), ["num_training_steps", "1:30"]),
-    "itself": (edit("5e-4", "&loop [*loop]"), ["max_lr"]),
-    "deep": (edit("5e-4", "[" * 1500), []),
-    "a billion laughs": (BILLION + edit("5e-4", "*a59"), []),
 }
 
 

@@ -46,7 +46,7 @@ def test_a_signal_ends_the_step_and_the_same_command_goes_on(
 ):
     tiny, number, step = TinyRun(tmp_path), getattr(signal, name), batch // 2 + 1
     assert interrupted(tiny, monkeypatch, batch, number) == 128 + number
-    assert f"resume at step {step}" in capsys.readouterr().out, "the step in hand ends, and no other one begins"
+    assert f"resume at step {step}" in capsys.readouterr().out, "the current step finishes and no other starts"
     assert_ends_as(tiny, reference)
     assert f"at step {step}" in capsys.readouterr().out, "the screen does not say where the run resumes"
 

@@ -1,13 +1,11 @@
 """A training run small enough to be killed many times (0.4 M parameters), and how tests give commands."""
 
 import csv
-import io
 import multiprocessing
 import os
 import subprocess
 import sys
 import time
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -59,7 +57,7 @@ def assert_refused(capsys, folder: Path, words, command, *arguments, status_want
 
 
 def random_tokens(n: int, seed: int = 3) -> np.ndarray:
-    """Tokens as they lie in a token file."""
+    """Random tokens, in the type of a token file."""
     return np.random.default_rng(seed).integers(0, 50257, n).astype(np.uint16)
 
 
@@ -93,7 +91,7 @@ class TinyRun:
         return 0
 
     def rows(self) -> list[dict[str, str]]:
-        """The steps that metrics.csv tells of."""
+        """The rows of metrics.csv."""
         with (self.out / "metrics.csv").open() as file:
             return list(csv.DictReader(file))
 
@@ -114,15 +112,6 @@ def _main(arguments: list[str], log: Path) -> None:
     with log.open("a", buffering=1) as sys.stdout:
         sys.stderr = sys.stdout
         train.main(arguments)
-
-
-def rezipped(content: bytes, change) -> bytes:
-    """The zip archive with change(name, data) in place of each entry, and checksums that fit."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(buffer, "w") as archive:
-        for name in source.namelist():
-            archive.writestr(name, change(name, source.read(name)))
-    return buffer.getvalue()
 
 
 def python(*arguments, **options) -> subprocess.CompletedProcess:
