@@ -1,11 +1,10 @@
-"""Build data/sample.npz, and the data that the final model was trained on.
+"""Build the data that the final model was trained on.
 
-    python data/build.py data/sample.npz c4_sample.jsonl.gz
     python data/build.py outputs/report/mixture sample:5 web_open.jsonl.gz:2 wikipedia_2014.jsonl.gz:1
 
-The second makes a folder of tokens: the documents of the sources in random order, each as many times as the number
-after the colon says, and the sample's val split. No training document shares N_WORDS consecutive words with a
-held-out one: those that would are left out. The same input gives the same tokens; data/README.md has their sha256.
+makes a folder of tokens: the documents of the sources in random order, each as many times as the number after the
+colon says, and the sample's val split. Documents that share N_WORDS consecutive words with a held-out one are left
+out. The same input gives the same tokens; data/README.md has their sha256.
 """
 
 import hashlib
@@ -24,7 +23,6 @@ from support.errors import exit_on_user_error  # noqa: E402
 from support.text import read_documents  # noqa: E402
 from support.tokenizer import get_tokenizer  # noqa: E402
 
-N_VAL_TOKENS = 100_000  # of the sample
 N_WORDS = 13  # as in the contamination check of GPT-3 (Brown et al. 2020, appendix C)
 
 
@@ -53,15 +51,6 @@ def without_overlap(documents: list[str], held_out: list[str]) -> list[str]:
     return [text for text in documents if forbidden.isdisjoint(word_runs(text))]
 
 
-def sample(source: str) -> dict[str, np.ndarray]:
-    """Random documents of the source held out, the rest to train on."""
-    texts = list(read_documents(Path(source)))
-    random.Random(42).shuffle(texts)
-    n_val = int(np.searchsorted(np.cumsum([len(tokens) for tokens in encode(texts)]), N_VAL_TOKENS)) + 1
-    splits = {"train": without_overlap(texts[n_val:], texts[:n_val]), "val": texts[:n_val]}
-    return {split: np.concatenate(encode(documents)) for split, documents in splits.items()}
-
-
 def mixture(*sources: str) -> dict[str, np.ndarray]:
     """The sources in random order to train on, and the val split of the sample."""
     c4, wikipedia = (np.load(DATA / name) for name in ("sample.npz", "heldout-wikipedia.npz"))
@@ -80,16 +69,13 @@ def mixture(*sources: str) -> dict[str, np.ndarray]:
 
 
 def main(out: str, *sources: str) -> None:
-    """Build `out`: the sample if it is an .npz, else a mixture."""
+    """Write the mixture to the folder `out`."""
     with exit_on_user_error():
-        splits = sample(*sources) if out.endswith(".npz") else mixture(*sources)
-    for split, tokens in splits.items():
-        print(f"{split}: {len(tokens):,} tokens, sha256 {hashlib.sha256(tokens.tobytes()).hexdigest()}")
-    if out.endswith(".npz"):
-        return np.savez_compressed(out, **splits)
+        splits = mixture(*sources)
     Path(out).mkdir(parents=True, exist_ok=True)
     for split, tokens in splits.items():
         np.save(f"{out}/{split}.npy", tokens)
+        print(f"{split}: {len(tokens):,} tokens, sha256 {hashlib.sha256(tokens.tobytes()).hexdigest()}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from experiments import OUTPUTS, RUNS, run_name  # noqa: E402
 from support.data import unigram_entropy  # noqa: E402
 
 BLUE, ORANGE, GREEN, PURPLE = COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # of Okabe and Ito
+N_MIXTURE, N_PARAMETERS = 73_295_224, 7_655_552  # tokens (data/README.md), and of model.pt
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
 
@@ -178,8 +179,8 @@ def tokens_read(config: dict) -> int:
 
 
 def of_mixture(config: dict) -> dict[str, float]:
-    """How much of the mixture a run reads: data/README.md has its size, and the sample is in it five times."""
-    passes = tokens_read(config) / 73_295_224
+    """How much of the mixture a run reads. The sample is in it five times."""
+    passes = tokens_read(config) / N_MIXTURE
     return {"million tokens": tokens_read(config) / 1e6, "passes": passes, "C4 is read": 5 * passes}
 
 
@@ -191,7 +192,8 @@ def final() -> dict[str, float]:
     run, small = result("2.6-final"), result("2.5-d128-lr4e-3")
     numbers |= {"times 2.5": run["flops"] / small["flops"], "minutes": run["seconds"] / 60}
     numbers |= {"steps": run["config"]["num_training_steps"], "max. rate": run["config"]["max_lr"]}
-    return numbers | of_mixture(run["config"]) | {"tokens per parameter": tokens_read(run["config"]) / 7_655_552}
+    numbers |= {"tokens per parameter": tokens_read(run["config"]) / N_PARAMETERS}
+    return numbers | of_mixture(run["config"])
 
 
 def tex(text: str) -> str:

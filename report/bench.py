@@ -6,7 +6,7 @@
 
 The contenders do the same work with as many parameters, in the same precision:
 
-- train.py, generate.py: with the loss and the decoder that these commands choose on this device;
+- this package: with the loss and the decoder that train.py and generate.py choose on this device;
 - plain: with the definition of the loss, and a loop that computes everything again for each token;
 - transformers: GPT-2 with SDPA, its own loss and its own cache, where transformers is installed.
 
@@ -19,7 +19,6 @@ import importlib.util
 import json
 import math
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -40,9 +39,10 @@ from model import DecoderLM  # noqa: E402
 from support.chunked_loss import PlainLoss, choose_loss, compiled  # noqa: E402
 from support.decoding import CachedDecoder, score_by_length  # noqa: E402
 from support.device import choose_device  # noqa: E402
+from train import compute_language_modeling_loss  # noqa: E402
 
 STARTED, QUICK_SECONDS = time.monotonic(), 100  # after these, a quick bench compiles nothing more
-CONTENDERS = ["plain", "train.py"] + ["transformers"] * (importlib.util.find_spec("transformers") is not None)
+CONTENDERS = ["plain", "this package"] + ["transformers"] * (importlib.util.find_spec("transformers") is not None)
 N_VOCAB, EOT, WORD = 50257, 50256, 262  # GPT-2's, and any token
 
 
@@ -57,11 +57,6 @@ LARGEST = {"cpu": {"d512": shape(512, 8, 256, 8, 8)}, "cuda": {"final-1e17": sha
 TOKENIZER = SimpleNamespace(eot_token=EOT, n_vocab=N_VOCAB)  # its texts are ids: a prompt has the length wanted
 TOKENIZER.encode_ordinary = lambda text: [int(word) for word in text.split()]
 TOKENIZER.decode = lambda ids: " ".join(map(str, ids))
-
-
-def definition(input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """compute_language_modeling_loss of train.py, which needs wandb to be imported."""
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(end_dim=1), input_ids[:, 1:].flatten())
 
 
 def transformers_model(shape: SimpleNamespace) -> nn.Module:
@@ -87,6 +82,7 @@ def training_step(contender: str, shape: SimpleNamespace, hardware) -> Callable[
         loss_fn = lambda ids: forward(ids, labels=ids).loss  # noqa: E731
     else:
         model = DecoderLM(N_VOCAB, **shape.model_config, p_dropout=shape.p_dropout).to(device)
+        definition = compute_language_modeling_loss
         loss_fn = PlainLoss(model, definition) if kind == "plain" else choose_loss(model, definition, device)
         loss_fn = compiled(loss_fn, device) if suffix else loss_fn
     model.train()
@@ -124,9 +120,7 @@ def product_rate(hardware) -> float:
 
 
 def measure_training(contender: str, shape: SimpleNamespace, hardware, repetitions: int) -> list[float]:
-    """ms of a step, tokens/s, TFLOPS, and peak memory in GB: of the tensors and of what the allocator reserved for
-    them or, on a CPU, of this process.
-    """
+    """ms of a step, tokens/s, TFLOPS, and peak memory in GB: on a GPU used and reserved, else of this process."""
     device, on_gpu = hardware.device, hardware.device.type == "cuda"
     if on_gpu:
         gc.collect()
@@ -139,10 +133,10 @@ def measure_training(contender: str, shape: SimpleNamespace, hardware, repetitio
     flops = DecoderLM(N_VOCAB, **shape.model_config).flops_per_token * n_tokens
     if on_gpu:
         memory = [torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)]
-    elif sys.platform == "linux":  # where ru_maxrss starts at the parent's
+    elif sys.platform == "linux":
         memory = [1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])]
     else:
-        memory = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]
+        memory = [math.nan]
     return [1e3 * seconds, n_tokens / seconds, flops / seconds / 1e12, *(n / 1e9 for n in memory)]
 
 
@@ -185,7 +179,7 @@ def bench_generation(args: argparse.Namespace, hardware) -> None:
             options = {"attention_mask": torch.ones_like(input_ids), "do_sample": False, "pad_token_id": EOT}
             gpt2.generate(input_ids, max_new_tokens=n, **options)
         else:
-            decoder = CachedDecoder(model) if contender == "train.py" else None
+            decoder = CachedDecoder(model) if contender == "this package" else None
             prompts = [f"{WORD} " * n_prompt] * B
             generate(model, device, TOKENIZER, prompts, B, n, next_token_logits=decoder)
 
@@ -193,7 +187,7 @@ def bench_generation(args: argparse.Namespace, hardware) -> None:
         for B in (1, 8):
             run(contender, B, 2)
             ms = 1e3 * median_seconds(partial(run, contender, B, n_new), device, args.repetitions) / n_new
-            print_row(f"batch {B}, {contender.replace('train', 'generate')}", ms, ms / B)
+            print_row(f"batch {B}, {contender}", ms, ms / B)
 
 
 def bench_scoring(args: argparse.Namespace, hardware) -> None:

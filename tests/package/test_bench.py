@@ -13,5 +13,5 @@ BENCH = Path(__file__).resolve().parents[2] / "report/bench.py"
 def test_bench_compares_the_command_with_the_plain_code(part):
     done = subprocess.run([sys.executable, BENCH, "--tiny", "--only", part], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"{part}.py" in done.stdout and "plain" in done.stdout
+    assert "this package" in done.stdout and "plain" in done.stdout
     assert "failed" not in done.stdout

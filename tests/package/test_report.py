@@ -19,7 +19,7 @@ from support.config import load_config
 REPORT = Path(experiments.__file__).parent
 ANSWERS = (REPORT / "answers.tex").read_text(encoding="utf-8")
 RUNS = [run for runs in experiments.RUNS.values() for run in runs]
-RUN_AGAIN = "run python report/answers.py --pdf and commit"
+RUN_AGAIN = "run python report/answers.py and commit"
 
 
 def config_of(name: str) -> dict:
