@@ -22,7 +22,7 @@ SITE += "registry.ENCODINGS['gpt2'] = get_tokenizer()\n"
 
 
 def run_python(folder: Path, arguments: list[str], seconds: float) -> tuple[int | None, str]:
-    """Run Python in the folder, within limits: its exit status (None: it did not end) and its last output."""
+    """Run Python in the folder, within limits: its exit status (None: timed out) and its last output."""
     (folder / "home").mkdir(exist_ok=True)
     limits = f'ulimit -c 0 -d {MEMORY_KB} -f {FILE_KB} && exec "$0" "$@"'
     own = dict.fromkeys(("HOME", "TMPDIR"), str(folder / "home")) | {"PYTHONPATH": str(folder)}
@@ -55,7 +55,7 @@ def run_python(folder: Path, arguments: list[str], seconds: float) -> tuple[int 
 def why_it_ended(status: int | None, output: str) -> str:
     """A sentence on how Python ended, with the line of the hand-in if it was printed."""
     places = re.findall(rf'File "[^"]*?({"|".join(map(re.escape, CODE))})", line (\d+)', output)
-    why = "no end in the time allowed: is there an endless loop?"
+    why = "timed out: is there an infinite loop?"
     if status == 1 and "Traceback" in output:
         places = places[::-1]  # a traceback ends with the innermost line, faulthandler's begins with it
         why = output.strip().rpartition("\n")[2]
@@ -65,7 +65,7 @@ def why_it_ended(status: int | None, output: str) -> str:
 
 
 def fresh_folder(top: Path, handed_in: Path) -> Path:
-    """A new folder with the tests, the engine and the handed-in files."""
+    """A new folder with the tests, support/ and the handed-in files."""
     folder = Path(tempfile.mkdtemp(dir=top))
     for path in [path for pattern in COPIED for path in ROOT.glob(pattern)]:
         (folder / path.relative_to(ROOT).parent).mkdir(exist_ok=True)

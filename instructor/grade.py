@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE)]
 
 import points  # noqa: E402
 from child import COPIED, fresh_folder, in_report, run_python, run_tests, why_it_ended  # noqa: E402
-from submit import CODE, PACKAGES, review  # noqa: E402
+from submit import CODE, PACKAGES, inspect_code  # noqa: E402
 from table import plain, total, write_table  # noqa: E402
 
 from support.errors import ArgumentParser, exit_on_user_error, first_line, positive_int, require  # noqa: E402
@@ -39,7 +39,6 @@ from support.files import write_atomically  # noqa: E402
 
 FILES = list(dict.fromkeys(file for _, file in points.GROUPS.values()))
 SECONDS_FILE, SECONDS_GROUP, SECONDS_PERPLEXITY = 300, 60, 1800  # of wall-clock time
-FREE_MB = 300  # on the disk of temporary files
 MOST_BYTES = dict.fromkeys(CODE, 1 << 20) | {"config.yaml": 1 << 20, "model.pt": 200 << 20}  # unpacked
 MOST_PERPLEXITY = 50  # question 2.6
 CONTAINERS = "/.dockerenv", "/run/.containerenv", "/run/systemd/container", "/var/run/secrets/kubernetes.io"
@@ -100,8 +99,8 @@ def unpack(path: Path, folder: Path) -> tuple[dict[str, str], list[str]]:
     return problems, notes
 
 
-def test_file(top: Path, handed_in: Path, file: str, expected: dict) -> tuple[dict[tuple[str, str], str], str]:
-    """The outcomes of a file of tests, and why there are none, if there are none."""
+def outcomes_of(top: Path, handed_in: Path, file: str, expected: dict) -> tuple[dict[tuple[str, str], str], str]:
+    """The outcomes of a file of tests, or why there are none."""
     outcomes, _ = run_tests(fresh_folder(top, handed_in), [f"tests/{file}"], SECONDS_FILE)
     groups = [expected[" ".join(group)] for group, (_, its_file) in points.GROUPS.items() if its_file == file]
     without = [nodes for nodes in groups if any(in_report(node) not in outcomes for node in nodes)]
@@ -111,6 +110,7 @@ def test_file(top: Path, handed_in: Path, file: str, expected: dict) -> tuple[di
         status, output = run_python(fresh_folder(top, handed_in), ["-c", code], SECONDS_GROUP)
         if not output.endswith("it can be imported\n"):
             why = why_it_ended(status, output)
+            why += "; does main() run at import?" if "exit status" in why else ""
             lacks = re.search(r"No module named '(\w+)'", why)
             require(not lacks or lacks[1] not in PACKAGES, f"{why}; pip install {lacks and lacks[1]}, then retry")
             return {}, f"import {module}: {why}"
@@ -122,55 +122,45 @@ def test_file(top: Path, handed_in: Path, file: str, expected: dict) -> tuple[di
 
 def grade(path: Path, expected: dict[str, list[str]], test_tokens: Path | None) -> dict:
     """Grade one zip file: {"rows": one for each group of points, "perplexity", "notes", "advice"}."""
-    with tempfile.TemporaryDirectory(prefix="grade-", ignore_cleanup_errors=True) as name:
-        top, handed_in = Path(name), Path(name, "handed_in")
+    with tempfile.TemporaryDirectory(prefix="grade-", ignore_cleanup_errors=True) as top:
+        handed_in = Path(top, "handed_in")
         handed_in.mkdir()
-        require_space(top)
         problems, notes = unpack(path, handed_in)
-        outcomes, perplexity, reviews = {}, {}, {}
+        outcomes, perplexity, inspections = {}, {}, {}
         for name in [name for name in CODE if name not in problems]:
-            found = reviews[name] = review(name, (handed_in / name).read_bytes())
-            notes += [f"look at {sentence}" for sentence in found["flags"]]
+            found = inspections[name] = inspect_code(name, (handed_in / name).read_bytes())
+            notes += [f"look at {line}" for line in found["flags"]]
             if found["refused"]:
                 problems[name] = "; ".join(found["refused"])
                 (handed_in / name).unlink()
         needed = ("model.py", "model.pt", "config.yaml")
-        lacks = "; ".join(dict.fromkeys(problems[name] for name in needed if name in problems))
-        if lacks:
-            perplexity = {"error": lacks}
+        missing = "; ".join(dict.fromkeys(problems[name] for name in needed if name in problems))
+        if missing:
+            perplexity = {"error": missing}
         elif test_tokens:
             perplexity = measure(fresh_folder(top, handed_in), test_tokens)
-        for name in ("model.pt", "config.yaml"):  # not needed by the tests
-            (handed_in / name).unlink(missing_ok=True)
+        for unneeded in ("model.pt", "config.yaml"):  # by the tests
+            (handed_in / unneeded).unlink(missing_ok=True)
         for file in FILES:
             name = file.removeprefix("test_")
             if "model.py" in problems:  # all need it
                 problems[name] = problems["model.py"]
             elif name not in problems:
-                found, why = test_file(top, handed_in, file, expected)
+                found, why = outcomes_of(top, handed_in, file, expected)
                 outcomes |= found
-                if why:
-                    at_import = [flag for flag in reviews[name]["flags"] if "when it is imported" in flag]
-                    problems[name] = "; ".join([why, *at_import])
-        require_space(top)
+                problems |= {name: why} if why else {}
     rows = []
     for group, (most, file) in points.GROUPS.items():
         name, nodes = file.removeprefix("test_"), expected[" ".join(group)]
         results = {node.partition("::")[2]: outcomes.get(in_report(node), "did not run") for node in nodes}
         failed = [f"{test}: {message}" for test, message in results.items() if message]
-        why = problems.get(name) or "; ".join(reviews[name]["ready-made"]) or "\n".join(failed)
+        why = problems.get(name) or "; ".join(inspections[name]["ready-made"]) or "\n".join(failed)
         row = {"question": group[0], "part": group[1], "max": most, "points": 0 if why else most, "output": why}
         rows.append(row)
     rows += [perplexity_row(perplexity)] if test_tokens else []
     counted = {in_report(node) for nodes in expected.values() for node in nodes}
     advice = [f"{test[1]}: {why}" for test, why in outcomes.items() if why and test not in counted]
     return {"rows": rows, "perplexity": perplexity.get("perplexity"), "notes": notes, "advice": advice}
-
-
-def require_space(folder: Path) -> None:
-    """Raise UserError if the temporary disk is nearly full, whichever hand-in has filled it."""
-    free = shutil.disk_usage(folder).free >> 20
-    require(free > FREE_MB, f"only {free} MiB free in {folder.parent}; free some disk space, then retry")
 
 
 def measure(folder: Path, test_tokens: Path) -> dict:
@@ -196,16 +186,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description="Grade a folder of hand-ins.")
     parser.add_argument("hand_ins", metavar="HAND_INS", type=Path, help="a folder of .zip files")
     parser.add_argument("--out", type=Path, default=Path("grades"), help="folder of the results (default: grades)")
-    parser.add_argument("--test_tokens", type=Path, metavar="NPZ", help="measure question 2.6 on its `val` tokens")
+    parser.add_argument("--test-tokens", type=Path, metavar="NPZ", help="measure question 2.6 on its `val` tokens")
     parser.add_argument("--jobs", type=positive_int, default=1, help="hand-ins at once (default: 1)")
-    parser.add_argument("--no_container", action="store_true", help="run their code on this machine as it is")
+    parser.add_argument("--no-container", action="store_true", help="run their code on this machine as it is")
     args = parser.parse_args(argv)
     with exit_on_user_error():
-        advice = "this runs foreign code: start a container (docs/grading.md), or accept it with --no_container"
-        require(args.no_container or any(Path(path).exists() for path in CONTAINERS), advice)
+        remedy = "start a container (docs/grading.md), or accept the risk with --no-container"
+        contained = args.no_container or any(Path(path).exists() for path in CONTAINERS)
+        require(contained, f"this runs other people's code: {remedy}")
         results = grade_folder(args.hand_ins, args.out, args.test_tokens, args.jobs)
         missed = [plain(name) for name, result in results.items() if not result["rows"]]
-        require(not missed, f"not graded: {', '.join(missed)}; do what {args.out}/grades.md says, then retry")
+        require(not missed, f"not graded: {', '.join(missed)}; see {args.out}/grades.md, then rerun")
 
 
 def grade_folder(hand_ins: Path, out: Path, test_tokens: Path | None = None, jobs: int = 1) -> dict[str, dict]:

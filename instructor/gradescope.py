@@ -6,6 +6,7 @@ The zip has no solution. Test tokens, which question 2.6 is measured on, come wi
 """
 
 import json
+import shutil
 import sys
 import tempfile
 import zipfile
@@ -35,7 +36,7 @@ python3 -m venv /opt/grader
 RUN = """#!/usr/bin/env bash
 base=$(dirname "$(readlink -f "$0")")
 mkdir -p "$base/results"
-echo '{"score": 0, "output": "The grading did not end. Tell the course staff."}' > "$base/results/results.json"
+echo '{"score": 0, "output": "The grading did not finish. Tell the course staff."}' > "$base/results/results.json"
 exec "${PYTHON:-/opt/grader/bin/python}" "$base/source/instructor/gradescope.py" --run "$base"
 """
 
@@ -60,21 +61,18 @@ def run(base: Path) -> None:
     """Grade base/submission, a zip file or the files of one, and write base/results/results.json."""
     try:
         with tempfile.TemporaryDirectory() as folder:
-            submission, path = base / "submission", Path(folder, "submission.zip")
-            zips = [file for file in submission.iterdir() if file.suffix.lower() == ".zip"]
-            with zipfile.ZipFile(path, "w") as archive:
-                for file in submission.rglob("*"):
-                    if file.is_file() and not file.is_symlink():
-                        archive.write(file, file.relative_to(submission))
+            zips = [file for file in (base / "submission").iterdir() if file.suffix.lower() == ".zip"]
+            if len(zips) != 1:  # Gradescope has unpacked it
+                zips = [Path(shutil.make_archive(f"{folder}/submission", "zip", base / "submission"))]
             tokens = ROOT / TOKENS if (ROOT / TOKENS).exists() else None
-            result = grade.grade(zips[0] if len(zips) == 1 else path, grade.expected_tests(), tokens)
+            result = grade.grade(zips[0], grade.expected_tests(), tokens)
         tests = [
             {"name": f"{r['question']} {r['part']}", "score": r["points"], "max_score": r["max"]}
             | {"output": r["output"] or "all tests passed"}
             for r in result["rows"]
         ]
         notes = [note for note in result["notes"] if not note.startswith("look at ")]
-        notes += [f"good to have, no points: {advice}" for advice in result["advice"]]
+        notes += [f"optional, no points: {advice}" for advice in result["advice"]]
         answer = {"score": grade.total(result)[0], "output": "\n".join(notes), "tests": tests}
     except Exception as error:  # whatever happens, there are results
         answer = {"score": 0, "output": f"Not graded: {type(error).__name__}: {first_line(error)}"}
@@ -85,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     """Build the zip file, or be what Gradescope runs."""
     parser = ArgumentParser(description="Build autograder.zip for Gradescope.")
     parser.add_argument("out", metavar="ZIP", type=Path, nargs="?", default=Path("autograder.zip"))
-    parser.add_argument("--test_tokens", type=Path, metavar="NPZ", help="measure question 2.6 on its `val` tokens")
+    parser.add_argument("--test-tokens", type=Path, metavar="NPZ", help="measure question 2.6 on its `val` tokens")
     parser.add_argument("--run", type=Path, metavar="BASE", help="grade BASE/submission, as run_autograder does")
     args = parser.parse_args(argv)
     with exit_on_user_error():

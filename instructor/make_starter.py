@@ -87,7 +87,7 @@ EDITS = [
 ]
 
 
-def edited(name: str) -> str:
+def with_other_docstrings(name: str) -> str:
     """The text of a file after EDITS. Raises ValueError if one of them does not fit."""
     text = (ROOT / name).read_text(encoding="utf-8")
     for file, first, last, new in EDITS:
@@ -102,7 +102,7 @@ def edited(name: str) -> str:
 
 def student_source(name: str) -> str:
     """The text of a graded file in the student's edition."""
-    text = edited(name)
+    text = with_other_docstrings(name)
     lines = text.splitlines()
     # From the end, so that the line numbers before stay valid.
     for node, path in reversed(definitions(ast.parse(text))):

@@ -1,12 +1,12 @@
-"""Do the tests tell wrong solutions from right ones?
+"""Do the tests catch wrong solutions and accept right ones?
 
     python instructor/mutants.py                 each wrong solution must fail a test of its part
     python instructor/mutants.py --right         each right solution must get all points
     python instructor/mutants.py --only padding  those with this word in their part or description
 
 The solutions are edits of the graded files (wrong_solutions.py, right_solutions.py). Each runs in a process of
-its own; of a wrong one the first failure is printed as the student would read it. The exit status is 1 if a wrong
-solution survives or a right one loses a point.
+its own, and its first failure is printed as the student would read it. The exit status is 1 if a wrong solution
+survives or a right one loses a point.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MODULES = ("model", "train", "generate", "classify")
 TIMEOUT_SECONDS = 600  # for one solution, which takes a few
 
 
-def edited(module: str, edits) -> str:
+def apply_edits(module: str, edits=()) -> str:
     """The text of a graded file after the edits. ValueError if an old text does not occur exactly once."""
     text = (ROOT / f"{module}.py").read_text(encoding="utf-8")
     for old, new in edits:
@@ -47,47 +47,36 @@ def edited(module: str, edits) -> str:
 
 def wrong_sources(mutant: Mutant) -> dict[str, str]:
     """The four files with a mistake."""
-    return {name: edited(name, mutant.edits if name == MODULE_OF[mutant.part] else ()) for name in MODULES}
+    return {name: apply_edits(name, mutant.edits if name == MODULE_OF[mutant.part] else ()) for name in MODULES}
 
 
 def right_sources(what: str) -> dict[str, str]:
     """The four files of a right solution."""
-    return {name: edited(name, RIGHT[what].get(name, ())) for name in MODULES}
+    return {name: apply_edits(name, RIGHT[what].get(name, ())) for name in MODULES}
 
 
-class Watch:
-    """A pytest plugin that runs the tests of one part (None: all) and keeps the first failure and the points."""
+class OnlyPart:
+    """A pytest plugin that runs the tests of one part (None: all) and keeps the tally of points.py."""
 
     def __init__(self, part: str | None):
-        self.part, self.failure, self.rows = part, None, []
+        self.part, self.tally = part, None
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items):
-        items[:] = [item for item in items if self.part is None or self._belongs(item)]
+        items[:] = [item for item in items if self.part is None or self.has(item)]
 
-    def _belongs(self, item) -> bool:
+    def has(self, item) -> bool:
         marker = item.get_closest_marker("question")
         if self.part == "evaluate":
             return "TestEvaluate" in item.nodeid
         return not marker if self.part.startswith("advice of ") else bool(marker) and marker.args[1] == self.part
 
-    def pytest_collectreport(self, report):
-        self._keep(report, str(report.longrepr).strip().splitlines()[-1:])
-
-    def pytest_runtest_logreport(self, report):
-        crash = getattr(report.longrepr, "reprcrash", None)
-        self._keep(report, (crash.message if crash else str(report.longrepr)).splitlines())
-
-    def _keep(self, report, lines):
-        if report.failed and self.failure is None:
-            self.failure = f"{report.nodeid.split('::', 1)[-1]}: {lines[0] if lines else ''}"
-
     def pytest_unconfigure(self, config):
-        self.rows = config.pluginmanager.get_plugin("points-tally").rows()
+        self.tally = config.pluginmanager.get_plugin("points-tally")
 
 
-def run_tests(job: tuple[dict[str, str], str | None]) -> tuple[str | None, int]:
-    """The first failure of these modules in the tests of a part, and the points. Call it in a separate process."""
+def first_failure(job: tuple[dict[str, str], str | None]) -> str:
+    """Of these modules, in the tests of a part, or (None) the first lost group. Call it in a separate process."""
     sources, part = job
     torch.set_num_threads(1)
     with open(os.devnull, "w") as nowhere:
@@ -96,22 +85,24 @@ def run_tests(job: tuple[dict[str, str], str | None]) -> tuple[str | None, int]:
     for name in MODULES:  # in this order: later ones import earlier ones
         module = sys.modules[name] = types.ModuleType(name)
         exec(compile(sources[name], f"<{name}.py>", "exec"), module.__dict__)
-    watch = Watch(part)
+    plugin = OnlyPart(part)
     files = [str(ROOT / f"tests/test_{name}.py") for name in ([MODULE_OF[part]] if part else MODULES)]
-    options = ["-x"] * bool(part) + ["-p", "no:cacheprovider", f"--rootdir={ROOT}"]
-    pytest.main([*files, *options], plugins=[watch])
-    lost = [f"{row['part']}: {row['output']}".splitlines()[0] for row in watch.rows if not row["points"]]
-    return watch.failure if part else next(iter(lost), None), sum(row["points"] or 0 for row in watch.rows)
+    pytest.main([*files, *["-x"] * bool(part), "-p", "no:cacheprovider", f"--rootdir={ROOT}"], plugins=[plugin])
+    if part:
+        failures = [f"{node.partition('::')[2]}: {text}" for node, text in plugin.tally.messages.items()]
+    else:
+        rows = {row["part"]: row for row in plugin.tally.rows()}
+        failures = [f"{part}: {rows[part]['output']}" for _, part in points.GROUPS if not rows[part]["points"]]
+    return failures[0].splitlines()[0] if failures else ""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the wrong or the right solutions and print the outcome of each."""
-    parser = argparse.ArgumentParser(description="Do the tests tell wrong solutions from right ones?")
+    parser = argparse.ArgumentParser(description="Do the tests catch wrong solutions and accept right ones?")
     parser.add_argument("--right", action="store_true", help="right solutions, which must get all points")
     parser.add_argument("--only", default="", metavar="WORD", help="with this word in part or description")
     args = parser.parse_args(argv)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # only the tests' own plugins, for speed
-    full = sum(most for most, _ in points.GROUPS.values())
     if args.right:
         jobs = {what: (right_sources(what), None) for what in RIGHT}
     else:
@@ -120,10 +111,10 @@ def main(argv: list[str] | None = None) -> None:
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"  # forked, they share torch
     bad = 0
     with multiprocessing.get_context(method).Pool(maxtasksperchild=1) as pool:
-        results = pool.imap(run_tests, jobs.values(), chunksize=1)
+        results = pool.imap(first_failure, jobs.values(), chunksize=1)
         for what in jobs:
-            failure, got = results.next(timeout=TIMEOUT_SECONDS)
-            good = got == full if args.right else failure is not None
+            failure = results.next(timeout=TIMEOUT_SECONDS)
+            good = bool(failure) != args.right
             bad += not good
             print(f"{'' if good else 'BAD: '}{what}" + (f"\n        {failure}" if failure else ""), flush=True)
     outcome = "right solutions get all points" if args.right else "wrong solutions are caught"

@@ -22,8 +22,7 @@ def is_copy(path: str, shipped: str) -> bool:
     """Whether the weights are those that came with the package, or nearly so."""
     if not Path(shipped).exists():
         return False
-    ours = torch.load(shipped, weights_only=True)
-    theirs = torch.load(path, weights_only=True)
+    ours, theirs = (torch.load(file, weights_only=True) for file in (shipped, path))
     same = ours.keys() <= theirs.keys() and all(ours[name].shape == theirs[name].shape for name in ours)
     return same and all((ours[n] - theirs[n]).norm() <= 0.05 * ours[n].norm() for n in ours if ours[n].dim() > 1)
 

@@ -26,10 +26,6 @@ ATTEND = "        weights = self.dropout(F.softmax(scores, dim=-1))\n"
 ATTEND_BY_HAND = """        weights = torch.exp(scores - scores.max(dim=-1, keepdim=True).values) * visible
         weights = self.dropout(weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-30))
 """
-WEIGH = "        attn = weights @ v  # (B, H, S_q, HD)\n"
-LIBRARY_ATTENTION = """        p = self.dropout.p if self.training else 0.0
-        attn = F.scaled_dot_product_attention(q, kT.transpose(2, 3), v, attn_mask=visible, dropout_p=p)
-"""
 NO_ROW_OF_ZEROS = ("if attention_mask is not None:  # softmax", "if False:  # softmax")
 PROJECTED = "return self.projection(self.self_attention(q, kT, v, attention_mask))"
 ZEROED_QUERIES = """out = self.projection(self.self_attention(q, kT, v, attention_mask))
@@ -174,7 +170,6 @@ RIGHT = {
     "einsum for matmul": {"model": [(SCORES, 'torch.einsum("bhqd,bhdk->bhqk", q, kT) * self.scale_factor'), ("weights @ v", 'torch.einsum("bhqk,bhkd->bhqd", weights, v)')]},
     "-inf, and NaN made 0": {"model": [(FILL, "-torch.inf"), ("F.softmax(scores, dim=-1)", "F.softmax(scores, dim=-1).nan_to_num(0.0)")]},
     "softmax by hand": {"model": [(ATTEND, ATTEND_BY_HAND)]},
-    "the library's attention": {"model": [(WEIGH, LIBRARY_ATTENTION)]},
     "one fused q, k, v product": {"model": [(SEPARATE_QKV, FUSED_QKV)]},
     "the causal mask as a buffer, for as many queries as keys": {"model": [(BUFFER, CAUSAL_BUFFER + BUFFER), (CAUSAL_MASK, "self.causal[:S_q, :S_k]")]},
     "two dropouts in the attention": {"model": [(BUFFER, TWO_DROPOUTS + BUFFER), ("self.dropout(F.softmax", "self.weight_dropout(F.softmax")]},

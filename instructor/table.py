@@ -19,23 +19,15 @@ def plain(text: str) -> str:
 
 
 def reasons_of(result: dict) -> list[str]:
-    """The first message of each lost group, with the groups in front; what they share is printed once."""
-    groups, lost = {}, {}  # of each question; of each message
-    for row in result["rows"]:
-        groups.setdefault(row["question"], []).append(row["part"])
-        if row["points"] == 0:
-            written = [line for line in row["output"].splitlines() if points.NOT_WRITTEN not in line]
-            message = written[0] if written else "not written yet"
-            lost.setdefault(message, []).append((row["question"], row["part"]))
-    reasons = []
-    for message, of in lost.items():
-        names = []
-        for question in dict.fromkeys(question for question, _ in of):
-            parts = [part for q, part in of if q == question]
-            names.append(question if parts == groups[question] else f"{question} {', '.join(parts)}")
-        reasons.append(f"{'; '.join(names)}: {message}")
+    """The first message of each lost group, with all groups that share it in front; then advice and notes."""
+    groups_of = {}  # of each message
+    for row in [row for row in result["rows"] if row["points"] == 0]:
+        written = [line for line in row["output"].splitlines() if points.NOT_WRITTEN not in line]
+        message = written[0] if written else points.NOT_WRITTEN
+        groups_of.setdefault(message, []).append(f"{row['question']} {row['part']}")
+    reasons = [f"{', '.join(groups)}: {message}" for message, groups in groups_of.items()]
     if advice := [message for message in result["advice"] if points.NOT_WRITTEN not in message]:
-        reasons.append(f"good to have, no points: {len(advice)} tests, first {advice[0]}")
+        reasons.append(f"optional, no points: {len(advice)} tests, first {advice[0]}")
     return [plain(reason) for reason in reasons + result["notes"]]
 
 

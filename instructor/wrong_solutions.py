@@ -52,16 +52,13 @@ N_STARTS = "len(tokens) - seq_len + 1"
 RANDOM_STARTS = f"torch.randint({N_STARTS}, (batch_size, 1)).numpy()"
 ROWS = "tokens[starts + np.arange(seq_len)]"
 SEQUENTIAL_ROWS = "rows = tokens[: n_rows * seq_len].reshape(n_rows, seq_len)"
-SEQUENTIAL_LOOP = "for start in range(0, n_rows, batch_size):"
 CROSS_ENTROPY = "F.cross_entropy(predictions, labels)"
 LABELS = "input_ids[:, 1:].flatten()"
 IN_AUTOCAST = "            with autocast:\n                if loss_fn is None:\n                    loss = compute_language_modeling_loss(input_ids, model(input_ids))\n                else:\n                    loss = loss_fn(input_ids)\n            #"
-IN_EVALUATION = "                else:\n                    loss = loss_fn(input_ids)\n            total"
 BACKWARD = "            (loss / grad_accumulation_steps).backward()\n"
 SET_LR = "        set_lr(optimizer, learning_rate)\n"
 STEP = "        optimizer.step()\n"
 RECENT = "deque(previous_losses, maxlen=RUNNING_MEAN_STEPS)"
-LOG = "        if wandb.run is not None:\n"
 COSINE = "min_lr + (max_lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2"
 PROGRESS = "(t - num_warmup_steps) / (num_training_steps - num_warmup_steps)  #"
 
@@ -76,7 +73,6 @@ RIGHT_PADDING = (
 )
 NEXT_LOGITS = "next_token_logits(input_ids[:, -P:], mask[:, -P:])  # (B, V)"
 MODEL = "model(input_ids, mask)[:, -1])"
-EVERY_BATCH = "range(0, len(prefixes), batch_size)"
 DECODE = "texts.append(tokenizer.decode(row[: row.index(eot_token)] if eot_token in row else row))"
 ROW = "row[: row.index(eot_token)] if eot_token in row else row"
 
@@ -92,6 +88,7 @@ WRONG = [
     mistake("ReLU in place of GELU", FF, "F.gelu(", "F.relu("),
     mistake("the tanh approximation of GELU", FF, "F.gelu(self.linear_in(x))", 'F.gelu(self.linear_in(x), approximate="tanh")'),
     mistake("SiLU in place of GELU", FF, "F.gelu(", "F.silu("),
+    mistake("the sigmoid approximation of GELU", FF, "F.gelu(self.linear_in(x))", "(h := self.linear_in(x)) * torch.sigmoid(1.702 * h)"),
     mistake("no activation", FF, "F.gelu(self.linear_in(x))", "self.linear_in(x)"),
     mistake("no dropout", FF, FEED_FORWARD, "self.linear_out(F.gelu(self.linear_in(x)))"),
     mistake("dropout on the hidden units", FF, FEED_FORWARD, "self.linear_out(self.dropout(F.gelu(self.linear_in(x))))"),
@@ -103,8 +100,6 @@ WRONG = [
     mistake("weighted by tokens, not by predictions", "evaluate", "loss.item() * B * (S - 1)", "loss.item() * B * S", "n_predictions += B * (S - 1)", "n_predictions += B * S"),
     mistake("perplexity in base 2", "evaluate", ".exp().item()", ".exp2().item()"),
     mistake("perplexity averaged over batches", "evaluate", "loss.item() * B", "math.exp(loss.item()) * B", "val_loss = total_loss / n_predictions", "val_loss = math.log(total_loss / n_predictions)"),
-    mistake("the weights are changed", "evaluate", "    val_loss = ", "    model.ln.weight.data *= 0.999\n    val_loss = "),
-    mistake("with gradients", "evaluate", "torch.inference_mode()", "torch.enable_grad()"),
     mistake("no causal mask", ATTENTION, CAUSAL, ""),
     mistake("transposed causal mask", ATTENTION, CAUSAL, ".triu(S_k - S_q)"),
     mistake("strict causal mask", ATTENTION, CAUSAL, ".tril(S_k - S_q - 1)"),
@@ -122,6 +117,7 @@ WRONG = [
     mistake("row 0's padding mask for the whole batch", ATTENTION, WITH_PADDING, "visible & attention_mask[0].bool()"),
     mistake("padding mask not passed on by forward", ATTENTION, "self.self_attention(q, kT, v, attention_mask)", "self.self_attention(q, kT, v)"),
     mistake("a row without keys averages all values", "advice of model", *NO_ROW_OF_ZEROS),
+    mistake("queries taken for the first tokens", "advice of model", CAUSAL, ".tril()"),
     mistake("heads merged in the wrong order", ATTENTION, "attn.transpose(1, 2).flatten(start_dim=2)", "attn.reshape(len(attn), S_q, -1)"),
     mistake("heads interleaved when merged", ATTENTION, "attn.transpose(1, 2)", "attn.permute(0, 2, 3, 1)"),
     mistake("no dropout on the weights", ATTENTION, f"self.dropout({ATTEND})", ATTEND),
@@ -139,6 +135,7 @@ WRONG = [
     mistake("heads interleaved when split", "q_kT_v", "self.v_attn(x).view(heads).transpose(1, 2)", "self.v_attn(x).view(B, S, D // self.n_head, self.n_head).permute(0, 3, 1, 2)"),
     mistake("kT by a view", "q_kT_v", "self.k_attn(x).view(heads).permute(0, 2, 3, 1)", "self.k_attn(x).view(heads).transpose(1, 2).reshape(B, self.n_head, -1, S)"),
     mistake("k's weights for v", "q_kT_v", "self.v_attn(x)", "self.k_attn(x)"),
+    mistake("q's weights for k", "q_kT_v", "self.k_attn(x)", "self.q_attn(x)"),
     mistake("q scaled in q_kT_v already", "q_kT_v", "return q, kT, v", "return q * self.scale_factor, kT, v"),
     mistake("positions ignore the mask", "embed", "if attention_mask is None:", "if True:"),
     mistake("positions with a mask off by one", "embed", "attention_mask.long().cumsum(dim=1) - 1", "attention_mask.long().cumsum(dim=1)"),
@@ -147,6 +144,7 @@ WRONG = [
     mistake("no positions", "embed", " + self.position_embeddings(position_ids)", ""),
     mistake("tokens scaled by sqrt(D)", "embed", "self.token_embeddings(input_ids) +", "self.token_embeddings(input_ids) * self.n_embd**0.5 +"),
     mistake("no dropout", "embed", f"self.dropout({EMBEDDINGS})", EMBEDDINGS),
+    mistake("dropout on the tokens only", "embed", f"self.dropout({EMBEDDINGS})", EMBEDDINGS.replace("self.token_embeddings(input_ids)", "self.dropout(self.token_embeddings(input_ids))")),
     mistake("dropout active at evaluation", "embed", f"self.dropout({EMBEDDINGS})", f"F.dropout({EMBEDDINGS}, self.dropout.p)"),
     mistake("positions beyond the last one clamped", "embed", "if self.n_positions < S:", "if False:", "self.position_embeddings(position_ids)", "self.position_embeddings(position_ids.clamp(max=self.n_positions - 1))"),
     mistake("ln_1 for both", FF, "self.ln_2(x)", "self.ln_1(x)"),
@@ -188,6 +186,7 @@ WRONG = [
     mistake("summed over tokens, averaged over rows", LOSS, CROSS_ENTROPY, 'F.cross_entropy(predictions, labels, reduction="sum") / len(input_ids)'),
     mistake("divided by B S", LOSS, CROSS_ENTROPY, 'F.cross_entropy(predictions, labels, reduction="sum") / input_ids.numel()'),
     mistake("labels padded with token 0", LOSS, LABELS, "F.pad(input_ids[:, 1:], (0, 1)).flatten()", "logits[:, :-1]", "logits"),
+    mistake("shifted after flattening: a row's end predicts the next row's start", LOSS, LABELS, "input_ids.flatten()[1:]", "logits[:, :-1].flatten(end_dim=1)", "logits.flatten(end_dim=1)[:-1]"),
     mistake("first position lost", LOSS, LABELS, "input_ids[:, 2:].flatten()", "logits[:, :-1]", "logits[:, 1:-1]"),
     mistake("last position lost", LOSS, LABELS, "input_ids[:, 1:-1].flatten()", "logits[:, :-1]", "logits[:, :-2]"),
     mistake("softmax before the cross entropy", LOSS, "F.cross_entropy(predictions,", "F.cross_entropy(predictions.softmax(-1),"),
@@ -212,16 +211,18 @@ WRONG = [
     mistake("mean over all steps logged", "train", RECENT, "deque(previous_losses)"),
     mistake("loss of the step alone logged", "train", RECENT, "deque(previous_losses, maxlen=1)"),
     mistake("logged every tenth step", "train", "if wandb.run is not None:", "if wandb.run is not None and step % 10 == 0:"),
-    mistake("logged without asking for a run", "advice of train", LOG, "        if True:\n"),
+    mistake("logged without asking for a run", "advice of train", "        if wandb.run is not None:\n", "        if True:\n"),
     mistake("left in evaluation mode", "advice of train", "    model.train()\n", ""),
     mistake("put into evaluation mode", "advice of train", "    model.train()\n    for", "    model.eval()\n    for"),
     mistake("autocast not used", "advice of train", IN_AUTOCAST, IN_AUTOCAST.replace("autocast", "nullcontext()", 1)),
+    mistake("grad_clip ignored", "advice of train", "if grad_clip is not None:", "if False:"),
     mistake("warm-up one step early", "cosine_lr_schedule", "max_lr * t / num", "max_lr * (t + 1) / num"),
     mistake("warm-up from min_lr", "cosine_lr_schedule", "return max_lr * t / num_warmup_steps", "return min_lr + (max_lr - min_lr) * t / num_warmup_steps"),
     mistake("minimum one step early", "cosine_lr_schedule", PROGRESS, "(t - num_warmup_steps) / (num_training_steps - 1 - num_warmup_steps)  #"),
     mistake("cosine from step 0", "cosine_lr_schedule", PROGRESS, "t / num_training_steps  #"),
     mistake("cosine b steps long", "cosine_lr_schedule", PROGRESS, "(t - num_warmup_steps) / num_training_steps  #"),
     mistake("a whole cosine", "cosine_lr_schedule", "math.pi * progress", "2 * math.pi * progress"),
+    mistake("linear decay", "cosine_lr_schedule", COSINE, "max_lr + (min_lr - max_lr) * progress"),
     mistake("decay to 0", "cosine_lr_schedule", COSINE, "max_lr * (1 + math.cos(math.pi * progress)) / 2"),
     mistake("min_lr not added", "cosine_lr_schedule", COSINE, "(max_lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2"),
     mistake("amplitude max_lr", "cosine_lr_schedule", COSINE, "min_lr + max_lr * (1 + math.cos(math.pi * progress)) / 2"),
@@ -243,7 +244,7 @@ WRONG = [
     mistake("last full batch dropped", SEQUENTIAL, "n_rows = len(tokens) // seq_len", "n_rows = (len(tokens) - 1) // seq_len"),
     mistake("rows of shuffled order", SEQUENTIAL, "rows[start : start + batch_size]", "rows[start : start + batch_size][::-1]"),
     mistake("rows run through the batches", SEQUENTIAL, "rows[start : start + batch_size]", "rows[start // batch_size :: n_rows // batch_size]"),
-    mistake("without end", SEQUENTIAL, SEQUENTIAL_LOOP, "for start in list(range(0, n_rows, batch_size)) * 30:"),
+    mistake("without end", SEQUENTIAL, "for start in range(0, n_rows, batch_size):", "for start in list(range(0, n_rows, batch_size)) * 30:"),
     mistake("temperature ignored", SOFTMAX, SOFTMAX_OF_LOGITS, "F.softmax(logits, dim=-1)"),
     mistake("temperature applied after softmax", SOFTMAX, SOFTMAX_OF_LOGITS, "F.softmax(logits, dim=-1) / temperature"),
     mistake("multiplied by temperature", SOFTMAX, "/ temperature, dim=-1)", "* temperature, dim=-1)"),
@@ -259,6 +260,7 @@ WRONG = [
     mistake("one draw for all rows", "generate", DRAW, "torch.multinomial(probs[:1], 1).expand(len(probs), 1)"),
     mistake("seeded inside", "generate", "    texts = []\n", "    texts = []\n    torch.manual_seed(0)\n"),
     mistake("prompt returned", "generate", "input_ids[:, n_prompt:].tolist()", "input_ids.tolist()"),
+    mistake("the prompt's last token returned", "generate", "input_ids[:, n_prompt:].tolist()", "input_ids[:, n_prompt - 1 :].tolist()"),
     mistake("last token alone given to the model", "generate", MODEL, "model(input_ids[:, -1:], mask[:, -1:])[:, -1])"),
     mistake("new tokens not given to the model", "generate", NEXT_LOGITS, "next_token_logits(input_ids[:, :n_prompt], mask[:, :n_prompt])"),
     mistake("logits of the first position", "generate", MODEL, "model(input_ids, mask)[:, 0])"),
@@ -266,7 +268,7 @@ WRONG = [
     mistake("mask ignored", "generate", MODEL, "model(input_ids)[:, -1])"),
     mistake("mask not extended", "generate", "torch.ones_like(mask[:, :1])", "torch.zeros_like(mask[:, :1])"),
     mistake("order lost", "generate", "for text in prefixes[start", "for text in sorted(prefixes, key=len)[start"),
-    mistake("partial batch lost", "generate", EVERY_BATCH, "range(0, len(prefixes) - batch_size + 1, batch_size)"),
+    mistake("partial batch lost", "generate", "range(0, len(prefixes), batch_size)", "range(0, len(prefixes) - batch_size + 1, batch_size)"),
     mistake("batch_size ignored", "generate", "    texts = []\n", "    texts = []\n    batch_size = len(prefixes)\n"),
     mistake("characters taken for tokens", "generate", "encode_prompt(tokenizer, text, P)", "encode_prompt(tokenizer, text[-P:], P)"),
     mistake("decoded token by token", "generate", DECODE, f'texts.append("".join(tokenizer.decode([token]) for token in ({ROW})))'),
@@ -282,7 +284,7 @@ WRONG = [
     mistake("<|endoftext|> returned as text", "advice of generate", "row.index(eot_token)]", "row.index(eot_token) + 1]"),
     mistake("<|endoftext|> does not end a row", "advice of generate", ROW, "[token for token in row if token != eot_token]"),
     mistake("one row's end ends all", "advice of generate", "if ended.all():", "if ended.any():"),
-    mistake("one row at a time", "advice of generate", "    texts = []\n", "    texts = []\n    batch_size = 1\n"),
+    mistake("a literal <|endoftext|> ends the text", "advice of generate", "tokenizer.encode_ordinary(text)", 'tokenizer.encode(text, allowed_special="all")'),
     mistake("dropout active", "advice of generate", "    model.eval()\n", ""),
     mistake("the mode found is not restored", "advice of generate", "    model.train(was_training)\n", ""),
     mistake("classes swapped", SENTIMENT, "dim=-1)[:, 1]", "dim=-1)[:, 0]"),
@@ -306,19 +308,8 @@ WRONG = [
     mistake("logits of the first position", "score", HIDDEN, "model(input_ids, mask)[:, 0]"),
     mistake("log-probabilities", "score", HIDDEN, f"{HIDDEN}.log_softmax(-1)"),
     mistake("long texts keep their first tokens", "advice of classify", "encode_prompt(tokenizer, text, P)", "tokenizer.encode_ordinary(text)[:P]"),
+    mistake("an empty text has no token", "advice of classify", "encode_prompt(tokenizer, text, P)", "tokenizer.encode_ordinary(text)[-P:]"),
     mistake("dropout active", "advice of classify", "    model.eval()\n", ""),
     mistake("the mode found is not restored", "advice of classify", "    model.train(was_training)\n", ""),
-    mistake("loss_fn ignored", "advice of train", IN_AUTOCAST, IN_AUTOCAST.replace("loss_fn is None", "True")),
-    mistake("loss_fn ignored", "evaluate", IN_EVALUATION, IN_EVALUATION.replace("loss_fn(input_ids)", "compute_language_modeling_loss(input_ids, model(input_ids))")),
-    mistake("grad_clip ignored", "advice of train", "if grad_clip is not None:", "if False:"),
-    mistake("numbers that are not finite accepted", "advice of train", "if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):", "if False:"),
-    mistake("gradients that are not finite accepted", "advice of train", "if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):", "if not math.isfinite(step_loss):"),
-    mistake("start_step ignored", "advice of train", "range(start_step, num_training_steps)", "range(num_training_steps)"),
-    mistake("previous_losses ignored", "advice of train", "deque(previous_losses,", "deque((),"),
-    mistake("on_step not called", "advice of train", "            on_step(StepResult(step, step_loss, train_loss, learning_rate))\n", "            pass\n"),
-    mistake("drop_last ignored", "advice of train", "if drop_last:", "if True:"),
-    mistake("queries taken for the first tokens", "advice of model", CAUSAL, ".tril()"),
-    mistake("a literal <|endoftext|> ends the text", "advice of generate", "tokenizer.encode_ordinary(text)", 'tokenizer.encode(text, allowed_special="all")'),
-    mistake("an empty text has no token", "advice of classify", "encode_prompt(tokenizer, text, P)", "tokenizer.encode_ordinary(text)[-P:]"),
 ]
 # fmt: on

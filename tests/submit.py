@@ -29,17 +29,16 @@ ALLOWED = PACKAGES | sys.stdlib_module_names | {name.removesuffix(".py") for nam
 READY_MADE = {"Transformer", "TransformerEncoder", "TransformerEncoderLayer", "TransformerDecoder"}
 READY_MADE |= {"TransformerDecoderLayer", "MultiheadAttention", "multi_head_attention_forward"}
 READY_MADE |= {"scaled_dot_product_attention", "flex_attention"}
-# What this homework does not need, but what could change the tests: a person looks at it.
-UNUSUAL_MODULES = {"_thread", "atexit", "builtins", "concurrent", "ctypes", "gc", "importlib", "inspect"}
-UNUSUAL_MODULES |= {"multiprocessing", "pkgutil", "runpy", "signal", "site", "socket", "subprocess"}
-UNUSUAL_MODULES |= {"threading", "unittest"}
-UNUSUAL = {"__import__", "__builtins__", "exec", "eval", "os._exit", "os.abort", "os.fork", "os.kill", "os.system"}
-UNUSUAL |= {"os.popen", "os.execv", "sys.modules", "sys._getframe", "sys.settrace", "sys.setprofile"}
+# This homework does not need it, and it could change the tests: a grader looks at such a line.
+UNUSUAL = re.compile(
+    r"(?<![.\w])(exec|eval|__import__)\(|__builtins__|\bsys\.(modules|_getframe|set)|\b(_exit|abort|fork|kill)\("
+    r"|^\s*(torch|nn|F|np|numpy|pytest)\.\w+ = |^main\(|\bos\.(system|popen|exec)"
+    r"|^\s*(import|from) .*\b(atexit|builtins|ctypes|gc|importlib|inspect|signal|subprocess|thread\w*|unittest)\b"
+)
 MOST_MEGABYTES, MOST_FLOPS = 100, 1e17
-MAKE_PDF = "make it from report/template.tex, or name it with --report"
 
 
-def review(name: str, source: bytes) -> dict[str, list[str]]:
+def inspect_code(name: str, source: bytes) -> dict[str, list[str]]:
     """What is wrong with a graded file: {"refused": why it cannot run, "ready-made": …, "flags": to look at}."""
     found = {"refused": [], "ready-made": [], "flags": []}
     try:
@@ -48,32 +47,22 @@ def review(name: str, source: bytes) -> dict[str, list[str]]:
         line = f", line {error.lineno}," if isinstance(error, SyntaxError) and error.lineno else ""
         problem = getattr(error, "msg", None) or f"{error}" or "nested too deep"
         return found | {"refused": [f"{name}{line} is not valid Python ({problem}); fix it"]}
-    forbidden, modules = {}, set()
+    forbidden = {}
     for node in ast.walk(tree):
         names = {getattr(node, "attr", ""), getattr(node, "id", "")}
-        owner = getattr(getattr(node, "value", None), "id", "")
-        dotted = {getattr(node, "id", ""), f"{owner}.{getattr(node, 'attr', '')}"}
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = {alias.name for alias in node.names}
             paths = names if isinstance(node, ast.Import) else {f"{'.' * node.level}{node.module or ''}"}
             packages = {path.partition(".")[0] or "." for path in paths}
-            modules |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
             forbidden |= {package: node.lineno for package in packages - ALLOWED}
-            dotted = packages & UNUSUAL_MODULES | {f"{path}.{name}" for path in paths for name in names}
         for word in sorted(names & READY_MADE):
             found["ready-made"].append(f"{name}, line {node.lineno}, uses {word}; write it with tensor operations")
-        for word in sorted(dotted & (UNUSUAL | UNUSUAL_MODULES)):
-            found["flags"].append(f"{name}, line {node.lineno}, uses {word}")
-        for target in getattr(node, "targets", []):
-            if isinstance(target, ast.Attribute) and getattr(target.value, "id", None) in modules:
-                found["flags"].append(f"{name}, line {node.lineno}, replaces {ast.unparse(target)}")
     if forbidden:
         imports = ", ".join(f"'{package}' (line {line})" for package, line in sorted(forbidden.items()))
         found["refused"].append(f"{name} imports {imports}: not allowed; remove it")
-    for node in tree.body:
-        call = node.value if isinstance(node, ast.Expr) else None
-        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "main":
-            found["flags"].append(f"{name}, line {node.lineno}, runs main() when it is imported")
+    for number, line in enumerate(source.decode(errors="replace").split("\n"), start=1):
+        if UNUSUAL.search(line):
+            found["flags"].append(f"{name}, line {number}: {line.strip()[:80]}")
     return found
 
 
@@ -82,11 +71,11 @@ def check_code(files: dict[str, Path]) -> str:
     files |= {name: ROOT / name for name in CODE}  # all of them, also for --force
     for name in CODE:
         require(files[name].is_file(), f"{name} is missing; put it into {ROOT}")
-    found = [review(name, files[name].read_bytes()) for name in CODE]
+    found = [inspect_code(name, files[name].read_bytes()) for name in CODE]
     problems = [sentence for one in found for sentence in one["refused"] + one["ready-made"]]
     require(not problems, "\n       ".join(problems))
     for sentence in [sentence for one in found for sentence in one["flags"]]:
-        print(f"note: {sentence}: unusual here; the graders will look at it")
+        print(f"note: unusual, a grader will look at {sentence}")
     return f"{', '.join(CODE)}: allowed imports only, no ready-made layers"
 
 
@@ -142,14 +131,13 @@ def check_checkpoint(files: dict[str, Path], named: str | None) -> str:
     return f"{path}: {megabytes:.1f} MB, fits the config.yaml beside it, {flops:.3g} of 1e17 FLOPs"
 
 
-def check_report(files: dict[str, Path], name: str, path: str | None) -> str:
-    """There is a PDF of the written answers: the named one, or the only one in the root or report/."""
-    found = [Path(path)] if path else sorted([*ROOT.glob("*.pdf"), *ROOT.glob("report/*.pdf")])
-    require(len(found) <= 1, f"several PDFs ({', '.join(pdf.name for pdf in found)}); name one with --report")
-    require(bool(found) and found[0].is_file(), f"{path or 'the PDF of your answers'} is missing; {MAKE_PDF}")
-    require(found[0].read_bytes()[:5] == b"%PDF-", f"{found[0]} is not a PDF; {MAKE_PDF}")
-    files[name] = found[0]
-    return f"{found[0]}: the written answers, packed as {name}"
+def check_report(files: dict[str, Path], name: str, path: Path) -> str:
+    """The written answers are a PDF."""
+    remedy = "make it from report/template.tex, or name it with --report"
+    require(path.is_file(), f"{path} is missing; {remedy}")
+    require(path.read_bytes()[:5] == b"%PDF-", f"{path} is not a PDF; {remedy}")
+    files[name] = path
+    return f"{path}: the written answers, packed as {name}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -157,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description="Check and pack a solution.")
     parser.add_argument("andrew_id", metavar="ANDREW_ID", help="names the zip file")
     parser.add_argument("--checkpoint", help="your final model.pt (default: the newest in outputs/)")
-    parser.add_argument("--report", metavar="PDF", help="your answers (default: the PDF here or in report/)")
+    parser.add_argument("--report", metavar="PDF", help="your answers (default: report/answers.pdf)")
     parser.add_argument("--force", action="store_true", help="write the zip file even if checks fail")
     args = parser.parse_args(argv)
     files, failed = {}, []  # {name in the zip file: where it is}, the checks that failed
@@ -176,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         if passes(check_code):
             passes(check_alone)
         passes(check_checkpoint, args.checkpoint)
-        passes(check_report, f"{args.andrew_id}.pdf", args.report)
+        passes(check_report, f"{args.andrew_id}.pdf", Path(args.report or ROOT / "report/answers.pdf"))
         n_failed = f"{len(failed)} check{'s' * (len(failed) > 1)} failed"
         require(not failed or args.force, f"{n_failed}, nothing is packed; fix it, or pack as it is with --force")
         target = Path(f"{args.andrew_id}.zip")

@@ -1,6 +1,7 @@
 """Grading: what is unpacked, the points and reasons of right, wrong, cheating and broken hand-ins, the tables."""
 
 import csv
+import errno
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import grade
 import mutants
@@ -21,14 +23,13 @@ import pytest
 import table
 import torch
 import yaml
+from right_solutions import POST_LN
 from submit import CODE
+from tiny_run import KEYS
 
 from model import DecoderLM
 
 ROOT = Path(grade.ROOT)
-KEYS = {"tokenizer_encoding": "gpt2", "device": "cpu", "batch_size": 2, "seq_len": 8, "num_warmup_steps": 2}
-KEYS |= {"num_training_steps": 6, "grad_accumulation_steps": 2, "min_lr": 1e-3, "max_lr": 1e-2}
-KEYS |= {"output_dir": "out", "model_config": {"n_embd": 8, "n_head": 2, "n_positions": 16, "n_layer": 1}}
 
 
 def zipped(path: Path, files: dict[str, str | bytes | Path]) -> Path:
@@ -41,22 +42,21 @@ def zipped(path: Path, files: dict[str, str | bytes | Path]) -> Path:
 class TestUnpack:
     FILES = {name: f"# {name}" for name in (*CODE, "model.pt", "config.yaml")}
 
-    @pytest.mark.parametrize(
-        "files",
-        [
-            FILES,
-            {f"hw2/hw2/{name}": text for name, text in FILES.items()},
-            {f"hw2\\{name}": text for name, text in FILES.items()},
-            {f"new/{name}": text for name, text in FILES.items()} | {"old/model.py": "# old"},
-            {f"{i}/{name}": text for i, (name, text) in enumerate(FILES.items())},
-            FILES | {"a:b": "", ".": "", "../outside.py": "", "__MACOSX/model.py": "", "conftest.py": "assert 0"},
-        ],
-        ids=["flat", "two folders deep", "Windows", "an old one beside it", "each in a folder", "odd extra files"],
-    )
-    def test_the_files_are_found(self, tmp_path, files):
+    PLACES = {
+        "hw2/hw2/{name}": {},
+        "hw2\\{name}": {},
+        "new/{name}": {"old/model.py": "# old"},
+        "{name}/{name}": {},
+        "{name}": {"a:b": "", ".": "", "../outside.py": "", "__MACOSX/model.py": "", "conftest.py": "assert 0"},
+    }
+
+    @pytest.mark.parametrize("place", PLACES)
+    def test_the_files_are_found_among_others(self, tmp_path, place):
+        files = {place.format(name=name): text for name, text in self.FILES.items()} | self.PLACES[place]
         (tmp_path / "to").mkdir()
         problems, notes = grade.unpack(zipped(tmp_path / "a.zip", files), tmp_path / "to")
         assert problems == {} and "no PDF" in notes[0]
+        assert "conftest.py" not in self.PLACES[place] or "ignored in the zip: " in notes[1]
         assert {path.name: path.read_text() for path in (tmp_path / "to").iterdir()} == self.FILES
         assert not (tmp_path / "outside.py").exists()
 
@@ -83,24 +83,17 @@ class TestUnpack:
             assert all(f"{path.name} is not a zip file" in problems[name] for name in CODE)
 
 
-class TestTable:
-    ROWS = [
-        {"question": q, "part": part, "max": most, "points": 0, "output": f"test_x: {part} is not written yet"}
-        for (q, part), (most, _) in points.GROUPS.items()
-    ]
-
-    def test_names_and_messages_cannot_break_the_tables(self, tmp_path):
-        rows = [row | {"output": "x: expected 'a\tb\x1b[2J'"} for row in self.ROWS]
-        result = {"rows": rows, "perplexity": None, "notes": [], "advice": []}
-        table.write_table(tmp_path, {"=1+1": result, "a\n| b\x07": result})
-        for line in csv.reader(io.StringIO((tmp_path / "grades.csv").read_text())):
-            assert not line[0].startswith("=") and all(c.isprintable() for cell in line for c in cell)
-        page = (tmp_path / "grades.md").read_text()
-        assert len(re.findall(r"(?m)^\| (=1\+1|a\\x0a\\\| b\\x07) \| 0 of 65 ", page)) == 2, page
-
-    def test_a_starter_without_a_line_written_gives_one_line(self):
-        result = {"rows": self.ROWS, "perplexity": None, "notes": [], "advice": ["test_x: is not written yet"]}
-        assert table.reasons_of(result) == ["1.3; 2.1; 3.1; 3.4: not written yet"]
+def test_names_and_messages_cannot_break_the_tables_and_a_starter_gets_one_line(tmp_path):
+    rows = [{"question": q, "part": p, "max": most, "points": 0} for (q, p), (most, _) in points.GROUPS.items()]
+    starter = {"rows": [row | {"output": f"test_x: {row['part']} is not written yet"} for row in rows]}
+    odd = {"rows": [row | {"output": "x: expected 'a\tb\x1b[2J'"} for row in rows]}
+    odd, starter = (result | {"perplexity": None, "notes": [], "advice": []} for result in (odd, starter))
+    table.write_table(tmp_path, {"=1+1": starter, "a\n| b\x07": odd})
+    for line in csv.reader(io.StringIO((tmp_path / "grades.csv").read_text())):
+        assert not line[0].startswith("=") and all(c.isprintable() for cell in line for c in cell)
+    page = (tmp_path / "grades.md").read_text()
+    assert len(re.findall(r"(?m)^\| (=1\+1|a\\x0a\\\| b\\x07) \| 0 of 65 ", page)) == 2, page
+    assert page.count("not written yet") == 1
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +103,7 @@ def weights(tmp_path_factory, randomise):
     model = randomise(DecoderLM(50257, **KEYS["model_config"])).eval()
     model.position_embeddings.weight.data *= 0.1
     torch.save(model.state_dict(), folder / "model.pt")
-    (folder / "config.yaml").write_text(yaml.safe_dump(KEYS))
+    (folder / "config.yaml").write_text(yaml.safe_dump(KEYS | {"output_dir": "out"}))
     tokens = np.random.default_rng(5).integers(0, 50257, 95).astype(np.uint16)  # 11 rows of 8, and 7 in no row
     np.savez(folder / "test.npz", val=tokens)
     ids = torch.tensor(tokens[:88].astype(np.int64)).view(11, 8)
@@ -120,10 +113,6 @@ def weights(tmp_path_factory, randomise):
 
 
 class TestPerplexity:
-    SOURCE = (ROOT / "model.py").read_text(encoding="utf-8")
-    POST_LN = SOURCE.replace("x + self.mha(self.ln_1(x), attention_mask)", "self.ln_1(x + self.mha(x, None))")
-    POST_LN = POST_LN.replace("return x + self.ff(self.ln_2(x))", "return self.ln_2(x + self.ff(x))")
-
     def measured(self, weights, tmp_path, source: str) -> dict:
         handed_in = tmp_path / "handed_in"
         handed_in.mkdir()
@@ -134,23 +123,18 @@ class TestPerplexity:
 
     def test_it_is_that_of_the_hand_ins_own_model(self, weights, tmp_path):
         folder, expected = weights
-        assert self.measured(folder, tmp_path, self.SOURCE)["perplexity"] == pytest.approx(expected, rel=1e-4)
+        source = mutants.apply_edits("model")
+        assert self.measured(folder, tmp_path, source)["perplexity"] == pytest.approx(expected, rel=1e-4)
 
     @pytest.mark.soak
-    @pytest.mark.parametrize(
-        ("edit", "found"),
-        [
-            (("", ""), "perplexity"),  # post-LN
-            ((".tril(S_k - S_q)", ""), "sees the future"),
-            (("class DecoderLM", "class Other"), "DecoderLM"),
-            (("return self.ln(x)", "return 0 * self.ln(x) / 0"), "the loss is nan"),
-        ],
-    )
-    def test_another_model_is_measured_as_it_is_or_refused(self, weights, tmp_path, edit, found):
-        folder, plain = weights
-        result = self.measured(folder, tmp_path, self.POST_LN.replace(*edit))
-        assert found in (result.get("error") or "perplexity"), result
-        assert result.get("perplexity", 0) != pytest.approx(plain, rel=1e-3)
+    def test_another_model_is_measured_as_it_is(self, weights, tmp_path):
+        folder, of_the_package = weights
+        result = self.measured(folder, tmp_path, mutants.apply_edits("model", POST_LN))
+        assert result["perplexity"] != pytest.approx(of_the_package, rel=1e-3)
+
+    def test_a_model_that_sees_the_future_is_refused(self, weights, tmp_path):
+        source = mutants.apply_edits("model", [(".tril(S_k - S_q)", "")])
+        assert "sees the future" in self.measured(weights[0], tmp_path, source)["error"]
 
     def test_near_copies_of_the_shipped_model_are_noticed(self, weights, tmp_path):
         state = torch.load(weights[0] / "model.pt", weights_only=True)
@@ -161,14 +145,16 @@ class TestPerplexity:
         assert perplexity.is_copy(str(tmp_path / "near.pt"), shipped)
         assert not perplexity.is_copy(str(tmp_path / "other.pt"), shipped)
 
-    @pytest.mark.parametrize(
-        ("found", "got"), [({"perplexity": 49.9}, 20), ({"perplexity": 50.0}, 0), ({"error": "x"}, 0)]
-    )
-    def test_points(self, found, got):
-        assert grade.perplexity_row(found)["points"] == got
+    def test_points(self):
+        found = {"perplexity": 49.9}, {"perplexity": 50.0}, {"error": "x"}
+        assert [grade.perplexity_row(one)["points"] for one in found] == [20, 0, 0]
 
 
-SIX_RIGHT = [list(mutants.RIGHT)[i] for i in (1, 2, 4, 5, 7, 8)]
+SIX_RIGHT = ("einops", "padded queries zeroed", "post-LN", "plain initialisation")
+SIX_RIGHT += (
+    "samplers and train() as the handout has them",
+    "generate and score with the handout's arguments only",
+)
 GRADED_WRONG = [wrong for wrong in mutants.WRONG if wrong.part in {part for _, part in points.GROUPS}]
 
 # A package of one-line functions and one-line tests, one for each group of points: a hand-in takes seconds.
@@ -199,25 +185,20 @@ def sick(embed: str) -> dict[str, str]:
     return hand_in(model=solution("model.py", embed=embed))
 
 
-SWALLOW = "while True:\n        try: time.sleep(1)\n        except BaseException: continue"
 WRONG = solution("model.py", right=False)
 # name: (files, points, what the page says)
 CASES = {
     "right": (hand_in(), 65, None),
     "syntax_error": (hand_in(model="import os\ndef f(:\n"), 0, "model.py, line 2, is not valid Python"),
     "imports": (hand_in(generate="import pytest\nimport checks\n"), 55, "'checks' (line 2), 'pytest' (line 1)"),
-    "ready_made": (hand_in(model=solution("model.py") + "x = lambda nn: nn.TransformerEncoder\n"), 40, "line"),
-    "main_at_import": (hand_in(train="import sys\nmain = sys.exit\nmain()\n"), 45, "line 3, runs main() when"),
-    "hangs_at_import": (hand_in(train="while True: pass\n"), 45, "train.py, line 1: no end in the time allowed"),
-    "sleeps": (sick("time.sleep(100000)"), 60, "line 12: no end in the time allowed"),
-    "swallows": (sick(SWALLOW), 60, "no end in the time allowed"),
+    "main_at_import": (hand_in(train="import sys\nmain = sys.exit\nmain()\n"), 45, "does main() run at import?"),
+    "hangs_at_import": (hand_in(train="while True: pass\n"), 45, "train.py, line 1: timed out"),
+    "sleeps": (sick("time.sleep(100000)"), 60, "line 12: timed out"),
     "exits": (sick("os._exit(0)"), 60, "the process ended with exit status 0"),
-    "crashes": (sick("os.abort()"), 60, "line 12: the process ended with Aborted"),
-    "skips": (sick("sys.modules['pytest'].skip('no')"), 60, "look at model.py, line 12, uses sys.modules"),
+    "skips": (sick("sys.modules['pytest'].skip('no')"), 60, "look at model.py, line 12: sys.modules"),
     "memory": (sick("return len(bytearray(64 << 30))"), 60, "MemoryError"),
     "output": (sick("while True:\n        os.write(2, b'x' * 65536)"), 60, "test_embed"),
-    "own_conftest": (hand_in(right=False) | {"conftest.py": "1 / 0"}, 0, "ignored in the zip: conftest.py"),
-    "no_check": (hand_in(model=WRONG + "import torch\ntorch.allclose = print\n"), 40, "replaces torch.allclose"),
+    "no_check": (hand_in(model=WRONG + "import torch\ntorch.allclose = print\n"), 40, ": torch.allclose = print"),
     "no_zip": (None, 0, "no_zip.zip is not a zip file"),
 }
 IN_THE_DEFAULT_SUITE = ("right", "imports", "exits", "no_zip")
@@ -276,20 +257,21 @@ def test_a_class_is_graded_and_graded_again_where_it_changed(tmp_path):
 
 
 @pytest.mark.soak
-def test_points_and_reasons_of_all_cases(tmp_path):
-    grade_cases(tmp_path, CASES)
-    for name in CASES:
+def test_points_and_reasons_of_the_others(tmp_path):
+    others = [name for name in CASES if name not in IN_THE_DEFAULT_SUITE]
+    grade_cases(tmp_path, others)
+    for name in others:
         check_case(tmp_path, name)
 
 
 def test_a_hand_in_that_cannot_be_graded_is_named_and_not_kept(tmp_path, monkeypatch, capsys):
     zipped(tmp_path / "ada.zip", hand_in())
     monkeypatch.setattr(grade, "expected_tests", lambda: {})
-    monkeypatch.setattr(grade, "FREE_MB", 1 << 40)  # the temporary disk is full
+    monkeypatch.setattr(grade, "unpack", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(SystemExit) as stop:
         grade.main([str(tmp_path), "--out", str(tmp_path / "grades"), "--no-container"])
     assert stop.value.code == 2 and "ada" in capsys.readouterr().err
-    assert "free some disk space" in (tmp_path / "grades/grades.md").read_text()
+    assert "NOT GRADED: OSError: [Errno 28] No space left" in (tmp_path / "grades/grades.md").read_text()
     assert not list((tmp_path / "grades/details").iterdir())
 
 
@@ -297,11 +279,11 @@ def test_it_runs_in_a_container_only_unless_told_so(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(grade, "CONTAINERS", (str(tmp_path / "none"),))
     with pytest.raises(SystemExit) as stop:
         grade.main([str(tmp_path)])
-    assert stop.value.code == 2 and "--no_container" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--no-container" in capsys.readouterr().err
 
 
 def test_every_edit_of_the_lists_fits_the_files():
-    assert len(mutants.RIGHT) >= 31 and len(mutants.WRONG) >= 224
+    assert len(mutants.RIGHT) >= 25 and len(mutants.WRONG) >= 224
     for sources in [*map(mutants.right_sources, mutants.RIGHT), *map(mutants.wrong_sources, mutants.WRONG)]:
         for name, source in sources.items():
             compile(source, name, "exec")
@@ -352,6 +334,6 @@ class TestRealHandIns:
         assert len(got) == 12 and all((of == 65) == name.startswith("right") for name, of in got.items()), page
 
     @pytest.mark.parametrize("arguments", [[], ["--right"]], ids=["wrong solutions", "right solutions"])
-    def test_the_tests_tell_wrong_solutions_from_right_ones(self, arguments):
+    def test_the_tests_catch_wrong_solutions_and_accept_right_ones(self, arguments):
         done = subprocess.run([sys.executable, mutants.__file__, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

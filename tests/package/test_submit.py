@@ -72,7 +72,7 @@ FAULTS = {
     "no checkpoint": (lambda root: (root / "model.pt").unlink(), "model.pt: no such"),
     "another model's configuration": (edit("config.yaml", "n_embd: 8", "n_embd: 16"), "n_embd"),
     "too much training": (edit("config.yaml", "num_training_steps: 6", "num_training_steps: 2000000000"), "1e17"),
-    "two PDFs": (lambda root: (root / "notes.pdf").write_bytes(b"%PDF-"), "several PDFs"),
+    "no answers": (lambda root: (root / "report/answers.pdf").unlink(), "answers.pdf is missing"),
     "answers that are not a PDF": (lambda root: (root / "report/answers.pdf").write_bytes(b"hello"), "is not a PDF"),
 }
 # fmt: on
@@ -94,18 +94,17 @@ def test_a_fault_is_named_and_nothing_is_packed_without_force(solution, capsys, 
 @pytest.mark.parametrize(
     ("line", "flag"),
     [
-        ("import einops, omegaconf", None),
-        ("import importlib", "uses importlib"),
-        ("import os\nos._exit(0)", "uses os._exit"),
-        ("import torch\ntorch.allclose = print", "replaces torch.allclose"),
-        ("main()", "runs main() when it is imported"),
-        ("if __name__ == '__main__':\n    main()", None),
+        ("import einops, omegaconf", False),
+        ("if __name__ == '__main__':\n    model.eval(); main()", False),
+        *(
+            (line, True)
+            for line in ("import importlib", "os._exit(0)", "torch.allclose = print", "main()", "eval('1')")
+        ),
     ],
 )
 def test_what_is_allowed_and_what_is_looked_at(line, flag):
-    found = submit.review("train.py", line.encode())
-    assert found["refused"] == found["ready-made"] == []
-    assert found["flags"] == [] if flag is None else flag in found["flags"][0]
+    flags = [f"train.py, line 1: {line}"] if flag else []
+    assert submit.inspect_code("train.py", line.encode()) == {"refused": [], "ready-made": [], "flags": flags}
 
 
 def test_a_large_checkpoint_is_refused(solution, capsys, monkeypatch):
@@ -113,10 +112,9 @@ def test_a_large_checkpoint_is_refused(solution, capsys, monkeypatch):
     assert "[FAIL] model.pt has 1." in outcome(capsys)[1]
 
 
-@pytest.mark.parametrize("name", ["", "../ada"])
-def test_an_andrew_id_is_a_plain_name(name, capsys):
+def test_an_andrew_id_is_a_plain_name(capsys):
     with pytest.raises(SystemExit) as stop:
-        submit.main([name])
+        submit.main(["../ada"])
     assert stop.value.code == 2 and "Andrew ID" in capsys.readouterr().err
 
 
