@@ -132,6 +132,7 @@ class TestPerplexity:
         result = self.measured(folder, tmp_path, mutants.apply_edits("model", POST_LN))
         assert result["perplexity"] != pytest.approx(of_the_package, rel=1e-3)
 
+    @pytest.mark.soak
     def test_a_model_that_sees_the_future_is_refused(self, weights, tmp_path):
         source = mutants.apply_edits("model", [(".tril(S_k - S_q)", "")])
         assert "sees the future" in self.measured(weights[0], tmp_path, source)["error"]
