@@ -124,9 +124,7 @@ def faults() -> dict[str, float]:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
     figure("2.4", draw)
-    (expected, rate), (low, low_rate), (_, high_rate) = (
-        runs[name] for name in ("expected", "low-rate", "high-rate")
-    )
+    (expected, rate), (low, low_rate), (_, high_rate) = map(runs.get, ("expected", "low-rate", "high-rate"))
     numbers = {"case 1: rate divided by": rate / low_rate, "case 2: rate multiplied by": high_rate / rate}
     for loss in (10.0, 9.5):
         on_time, late = (losses["step"][losses["mean"] < loss][0] for losses in (expected, low))
