@@ -100,8 +100,9 @@ def main(argv: list[str] | None = None) -> None:
         with TemporaryFile(dir=out.parent) as spool:
             n_train = write_tokens(source, documents, args.tokens, spool)
             tokens = np.memmap(spool, TOKEN, mode="r")
-            train_and_val = {"train": tokens[:n_train], "val": tokens[n_train:]}
-            splits = {"val": tokens} if args.val_only else train_and_val
+            splits = {"train": tokens[:n_train], "val": tokens[n_train:]}
+            if args.val_only:
+                splits = {"val": tokens}
             if is_npz:
                 with atomic_file(out) as file:
                     np.savez_compressed(file, **splits)
