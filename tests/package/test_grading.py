@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 from unittest.mock import Mock
 
+import child
 import grade
 import mutants
 import numpy as np
@@ -113,160 +114,116 @@ def weights(tmp_path_factory, randomise):
 
 
 class TestPerplexity:
-    def measured(self, weights, tmp_path, source: str) -> dict:
-        handed_in = tmp_path / "handed_in"
-        handed_in.mkdir()
-        for name in ("model.pt", "config.yaml"):
-            shutil.copy(weights / name, handed_in)
-        (handed_in / "model.py").write_text(source)
-        return grade.measure(grade.fresh_folder(tmp_path, handed_in), weights / "test.npz")
+    def measured(self, weights, tmp_path, edits=()) -> dict:
+        folder = grade.fresh_folder(tmp_path, weights)
+        (folder / "model.py").write_text(mutants.apply_edits("model", edits))
+        return grade.measure(folder, weights / "test.npz")
 
     def test_it_is_that_of_the_hand_ins_own_model(self, weights, tmp_path):
         folder, expected = weights
-        source = mutants.apply_edits("model")
-        assert self.measured(folder, tmp_path, source)["perplexity"] == pytest.approx(expected, rel=1e-4)
+        assert self.measured(folder, tmp_path)["perplexity"] == pytest.approx(expected, rel=1e-4)
 
     @pytest.mark.soak
-    def test_another_model_is_measured_as_it_is(self, weights, tmp_path):
+    def test_another_model_is_measured_as_it_is_or_refused(self, weights, tmp_path):
         folder, of_the_package = weights
-        result = self.measured(folder, tmp_path, mutants.apply_edits("model", POST_LN))
-        assert result["perplexity"] != pytest.approx(of_the_package, rel=1e-3)
-
-    @pytest.mark.soak
-    def test_a_model_that_sees_the_future_is_refused(self, weights, tmp_path):
-        source = mutants.apply_edits("model", [(".tril(S_k - S_q)", "")])
-        assert "sees the future" in self.measured(weights[0], tmp_path, source)["error"]
+        post_ln = self.measured(folder, tmp_path, POST_LN)["perplexity"]
+        assert post_ln != pytest.approx(of_the_package, rel=1e-3)
+        not_causal = self.measured(folder, tmp_path, [(".tril(S_k - S_q)", "")])
+        assert "sees the future" in not_causal["error"]
 
     def test_near_copies_of_the_shipped_model_are_noticed(self, weights, tmp_path):
-        state = torch.load(weights[0] / "model.pt", weights_only=True)
-        torch.save({name: tensor + 1e-4 for name, tensor in state.items()}, tmp_path / "near.pt")
-        other = {name: tensor.flip(0) if tensor.dim() else tensor for name, tensor in state.items()}
-        torch.save(other, tmp_path / "other.pt")
-        shipped = str(weights[0] / "model.pt")
-        assert perplexity.is_copy(str(tmp_path / "near.pt"), shipped)
-        assert not perplexity.is_copy(str(tmp_path / "other.pt"), shipped)
+        shipped, near, other = weights[0] / "model.pt", tmp_path / "near.pt", tmp_path / "other.pt"
+        state = torch.load(shipped, weights_only=True)
+        torch.save({name: tensor + 1e-4 for name, tensor in state.items()}, near)
+        torch.save({name: tensor.flip(0) if tensor.dim() else tensor for name, tensor in state.items()}, other)
+        assert [perplexity.is_copy(str(path), str(shipped)) for path in (near, other)] == [True, False]
 
     def test_points(self):
         found = {"perplexity": 49.9}, {"perplexity": 50.0}, {"error": "x"}
         assert [grade.perplexity_row(one)["points"] for one in found] == [20, 0, 0]
 
 
-SIX_RIGHT = ("einops", "padded queries zeroed", "post-LN", "plain initialisation")
-SIX_RIGHT += (
-    "samplers and train() as the handout has them",
-    "generate and score with the handout's arguments only",
-)
-GRADED_WRONG = [wrong for wrong in mutants.WRONG if wrong.part in {part for _, part in points.GROUPS}]
-
-# A package of one-line functions and one-line tests, one for each group of points: a hand-in takes seconds.
+def solution(name: str) -> str:
+    """A graded file with a function of one line for each group of points."""
+    parts = [part for (_, part), (_, file) in points.GROUPS.items() if file == f"test_{name}"]
+    functions = [f"def {part.replace(' ', '_')}():\n    return {part!r}\n" for part in parts]
+    return "import os, sys, time\n" + "import model\n" * (name != "model.py") + "".join(functions)
 
 
-def function_of(part: str) -> str:
-    return part.replace(" ", "_")
+def with_embed(code: str) -> dict[str, str]:
+    """A right hand-in, but for the code of `embed`."""
+    return RIGHT | {"model.py": RIGHT["model.py"].replace("return 'embed'", code)}
 
 
-def solution(name: str, right: bool = True, **bodies: str) -> str:
-    """A graded file with a function for each group of points; bodies replace those of some functions."""
-    lines = ["import os, sys, time" + "\nimport model" * (name != "model.py")]
-    for (_, part), (_, file) in points.GROUPS.items():
-        if file == f"test_{name}":
-            body = bodies.get(function_of(part), f"return {part!r}" if right else "return None")
-            lines.append(f"def {function_of(part)}():\n    {body}\n")
-    return "\n".join(lines)
-
-
-def hand_in(right: bool = True, **files: str | None) -> dict[str, str]:
-    """The files of a zip: right or wrong ones, some replaced or (None) left out."""
-    texts = {name: solution(name, right) for name in CODE} | {"answers.pdf": "%PDF-"}
-    texts |= {f"{name}.py": text for name, text in files.items()}
-    return {name: text for name, text in texts.items() if text is not None}
-
-
-def sick(embed: str) -> dict[str, str]:
-    return hand_in(model=solution("model.py", embed=embed))
-
-
-WRONG = solution("model.py", right=False)
+RIGHT = {name: solution(name) for name in CODE} | {"answers.pdf": "%PDF-"}
+NO_CHECK = RIGHT["model.py"].replace("return '", "return 'not ") + "import torch\ntorch.allclose = print\n"
 # name: (files, points, what the page says)
 CASES = {
-    "right": (hand_in(), 65, None),
-    "syntax_error": (hand_in(model="import os\ndef f(:\n"), 0, "model.py, line 2, is not valid Python"),
-    "imports": (hand_in(generate="import pytest\nimport checks\n"), 55, "'checks' (line 2), 'pytest' (line 1)"),
-    "main_at_import": (hand_in(train="import sys\nmain = sys.exit\nmain()\n"), 45, "does main() run at import?"),
-    "hangs_at_import": (hand_in(train="while True: pass\n"), 45, "train.py, line 1: timed out"),
-    "sleeps": (sick("time.sleep(100000)"), 60, "line 12: timed out"),
-    "exits": (sick("os._exit(0)"), 60, "the process ended with exit status 0"),
-    "skips": (sick("sys.modules['pytest'].skip('no')"), 60, "look at model.py, line 12: sys.modules"),
-    "memory": (sick("return len(bytearray(64 << 30))"), 60, "MemoryError"),
-    "output": (sick("while True:\n        os.write(2, b'x' * 65536)"), 60, "test_embed"),
-    "no_check": (hand_in(model=WRONG + "import torch\ntorch.allclose = print\n"), 40, ": torch.allclose = print"),
-    "no_zip": (None, 0, "no_zip.zip is not a zip file"),
+    "right": (RIGHT, 65, ""),
+    "syntax_error": (RIGHT | {"model.py": "import os\ndef f(:\n"}, 0, "model.py, line 2, is not valid Python"),
+    "imports": (
+        RIGHT | {"generate.py": "import pytest\nimport checks"},
+        55,
+        "'checks' (line 2), 'pytest' (line 1)",
+    ),
+    "main_at_import": (RIGHT | {"train.py": "main = exit\nmain()"}, 45, "does main() run at import?"),
+    "hangs_at_import": (RIGHT | {"train.py": "while True: pass"}, 45, "train.py, line 1: timed out"),
+    "sleeps": (with_embed("time.sleep(100000)"), 60, "line 9: timed out"),
+    "exits": (with_embed("os._exit(0)"), 60, "the process ended with exit status 0"),
+    "skips": (with_embed("sys.modules['pytest'].skip('no')"), 60, "look at model.py, line 9: sys.modules"),
+    "memory": (with_embed("return len(bytearray(64 << 30))"), 60, "MemoryError"),
+    "output": (with_embed("while True: os.write(2, b'x' * 65536)"), 60, "test_embed"),
+    "no_check": (RIGHT | {"model.py": NO_CHECK}, 40, "torch.allclose = print"),
 }
-IN_THE_DEFAULT_SUITE = ("right", "imports", "exits", "no_zip")
+IN_THE_DEFAULT_SUITE = ("right", "imports", "exits")
 
 
-def grade_cases(folder: Path, names) -> list[str]:
-    """Write the package and the zip files; the command that grades them, run once."""
-    fake, zips = folder / "package", folder / "hand_ins"
-    (fake / "tests").mkdir(parents=True)
-    zips.mkdir()
-    tests = {"conftest.py": "import sys\nsys.path[:0] = ['.', 'tests']\npytest_plugins = ['points']\n"}
-    tests["points.py"] = (ROOT / "tests/points.py").read_text()
-    for name in CODE:
-        (fake / name).write_text(solution(name))
-        tests[f"test_{name}"] = f"import pytest\nimport {name[:-3]} as m\n"
+@pytest.fixture
+def tiny_package(tmp_path, monkeypatch):
+    """A package of one-line functions and one-line tests: a hand-in takes seconds."""
+    tests, expected = {}, {}
     for (question, part), (_, file) in points.GROUPS.items():
-        function = function_of(part)
-        tests[file] += f"@pytest.mark.question({question!r}, {part!r})\ndef test_{function}():\n"
-        tests[file] += f"    assert m.{function}() == {part!r}\n"
-    for name, text in tests.items():
-        (fake / "tests" / name).write_text(text)
+        name = part.replace(" ", "_")
+        tests.setdefault(file, f"import {file[len('test_') : -len('.py')]} as m\n")
+        tests[file] += f"def test_{name}():\n    assert m.{name}() == {part!r}\n"
+        expected[f"{question} {part}"] = [f"tests/{file}::test_{name}"]
+    (tmp_path / "tests").mkdir()
+    for file, text in tests.items():
+        (tmp_path / "tests" / file).write_text(text)
+    monkeypatch.setattr(child, "ROOT", tmp_path)
+    monkeypatch.setattr(grade, "ROOT", tmp_path)
+    monkeypatch.setattr(grade, "expected_tests", lambda: expected)
+    monkeypatch.setattr(grade, "SECONDS_FILE", 8)
+    monkeypatch.setattr(grade, "SECONDS_GROUP", 4)
+
+
+def check_grades(folder: Path, names) -> None:
     for name in names:
-        path, files = zips / f"{name}.zip", CASES[name][0]
-        path.write_bytes(b"PK") if files is None else zipped(path, files)
-    code = f"import sys\nsys.path.insert(0, {str(ROOT / 'instructor')!r})\nimport grade, child\n"
-    code += f"grade.ROOT = child.ROOT = grade.Path({str(fake)!r})\n"
-    code += "grade.SECONDS_FILE, grade.SECONDS_GROUP = 8, 4\ngrade.main(sys.argv[1:])\n"
-    arguments = [str(zips), "--out", str(folder / "grades"), "--jobs", "2", "--no-container"]
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=fake)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return command
+        zipped(folder / f"{name}.zip", CASES[name][0])
+    results = grade.grade_folder(folder, folder / "grades", jobs=2)
+    assert results.keys() == set(names)
+    for name, result in results.items():
+        reasons = "\n".join(table.reasons_of(result))
+        assert table.total(result) == (CASES[name][1], 65) and CASES[name][2] in reasons, (name, reasons)
 
 
-def check_case(folder: Path, name: str) -> None:
-    details = json.loads((folder / "grades" / "details" / f"{name}.zip.json").read_text())
-    got = {row["part"]: row["points"] for row in details["rows"]}
-    page = (folder / "grades" / "grades.md").read_text()
-    section = page.partition(f"\n## {name}:")[2].partition("\n## ")[0]
-    _, expected, reason = CASES[name]
-    assert len(got) == len(points.GROUPS) and sum(got.values()) == expected, section
-    assert reason is None or reason in section, section
-
-
-def test_a_class_is_graded_and_graded_again_where_it_changed(tmp_path):
-    command = grade_cases(tmp_path, IN_THE_DEFAULT_SUITE)
-    for name in IN_THE_DEFAULT_SUITE:
-        check_case(tmp_path, name)
-    table_before = (tmp_path / "grades/grades.csv").read_text()
-    assert f"\nright,65,65,{','.join(str(of) for of, _ in points.GROUPS.values())},," in table_before
-    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "grades/details").iterdir()}
-    zipped(tmp_path / "hand_ins/no_zip.zip", {"a.pdf": "%PDF-"})
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path / "package")
-    later = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "grades/details").iterdir()}
-    assert [name for name in times if times[name] != later[name]] == ["no_zip.zip.json"]
+def test_a_class_is_graded_and_graded_again_where_it_changed(tiny_package, tmp_path):
+    check_grades(tmp_path, IN_THE_DEFAULT_SUITE)
+    row = f"\nright,65,65,{','.join(str(most) for most, _ in points.GROUPS.values())},,"
+    assert row in (tmp_path / "grades/grades.csv").read_text()
+    details = {path: path.stat().st_mtime_ns for path in (tmp_path / "grades/details").iterdir()}
+    (tmp_path / "exits.zip").write_bytes(b"PK, but no zip file")
+    grade.grade_folder(tmp_path, tmp_path / "grades")
+    assert [path.name for path in details if path.stat().st_mtime_ns != details[path]] == ["exits.zip.json"]
 
 
 @pytest.mark.soak
-def test_points_and_reasons_of_the_others(tmp_path):
-    others = [name for name in CASES if name not in IN_THE_DEFAULT_SUITE]
-    grade_cases(tmp_path, others)
-    for name in others:
-        check_case(tmp_path, name)
+def test_points_and_reasons_of_the_others(tiny_package, tmp_path):
+    check_grades(tmp_path, CASES.keys() - set(IN_THE_DEFAULT_SUITE))
 
 
 def test_a_hand_in_that_cannot_be_graded_is_named_and_not_kept(tmp_path, monkeypatch, capsys):
-    zipped(tmp_path / "ada.zip", hand_in())
+    zipped(tmp_path / "ada.zip", RIGHT)
     monkeypatch.setattr(grade, "expected_tests", lambda: {})
     monkeypatch.setattr(grade, "unpack", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(SystemExit) as stop:
@@ -311,25 +268,26 @@ class TestRealHandIns:
         assert [test for test in coding if test["score"] < test["max_score"]] == [] and results["score"] == 65
         assert float(re.search(r"perplexity ([\d.]+)", last["output"])[1]) == pytest.approx(expected, rel=1e-4)
 
+    RIGHT = ("einops", "padded queries zeroed", "post-LN", "plain initialisation")
+    RIGHT += tuple(what for what in mutants.RIGHT if "handout" in what)
+
     def test_a_class_of_twelve_by_the_commands_of_the_guide(self, weights, tmp_path):
         """Six right hand-ins of different kinds get all points, six wrong ones lose some."""
         (tmp_path / "HAND_INS").mkdir()
         for name in ("data", "instructor"):
             (tmp_path / name).symlink_to(ROOT / name)
         (tmp_path / "my_texts.jsonl").write_text('{"text": "One text, and no other."}\n' * 9)
-        chosen = {f"right{i}": mutants.right_sources(what) for i, what in enumerate(SIX_RIGHT)}
-        chosen |= {f"wrong{i}": mutants.wrong_sources(wrong) for i, wrong in enumerate(GRADED_WRONG[::35][:6])}
+        graded = [wrong for wrong in mutants.WRONG if wrong.part in {part for _, part in points.GROUPS}]
+        chosen = {f"right{i}": mutants.right_sources(what) for i, what in enumerate(self.RIGHT)}
+        chosen |= {f"wrong{i}": mutants.wrong_sources(wrong) for i, wrong in enumerate(graded[::35][:6])}
         for name, sources in chosen.items():
             files = {f"{module}.py": text for module, text in sources.items()}
             files |= {path.name: path for path in (weights[0] / "model.pt", weights[0] / "config.yaml")}
-            zipped(tmp_path / "HAND_INS" / f"{name}.zip", files | {"a.pdf": "%PDF-"})
+            zipped(tmp_path / "HAND_INS" / f"{name}.zip", files)
         (commands,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/grading.md").read_text(), flags=re.DOTALL)
         commands = commands.replace("HAND_INS", "HAND_INS --no-container")
-        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        bash = subprocess.run(
-            ["bash", "-ec", commands], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert bash.returncode == 0, bash.stdout + bash.stderr
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        subprocess.run(["bash", "-ec", commands], cwd=tmp_path, env=os.environ | {"PATH": path}, check=True)
         page = (tmp_path / "grades" / "grades.md").read_text()
         got = {name: int(of) for name, of in re.findall(r"(?m)^\| (\w+) \| (\d+) of 85 ", page)}
         assert len(got) == 12 and all((of == 65) == name.startswith("right") for name, of in got.items()), page

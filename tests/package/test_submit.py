@@ -72,8 +72,7 @@ FAULTS = {
     "no checkpoint": (lambda root: (root / "model.pt").unlink(), "model.pt: no such"),
     "another model's configuration": (edit("config.yaml", "n_embd: 8", "n_embd: 16"), "n_embd"),
     "too much training": (edit("config.yaml", "num_training_steps: 6", "num_training_steps: 2000000000"), "1e17"),
-    "no answers": (lambda root: (root / "report/answers.pdf").unlink(), "answers.pdf is missing"),
-    "answers that are not a PDF": (lambda root: (root / "report/answers.pdf").write_bytes(b"hello"), "is not a PDF"),
+    "no PDF": (lambda root: (root / "report/answers.pdf").write_bytes(b"hello"), "answers.pdf is not a PDF"),
 }
 # fmt: on
 
@@ -91,19 +90,16 @@ def test_a_fault_is_named_and_nothing_is_packed_without_force(solution, capsys, 
     assert Path("ada.zip").exists()
 
 
-@pytest.mark.parametrize(
-    ("line", "flag"),
-    [
-        ("import einops, omegaconf", False),
-        ("if __name__ == '__main__':\n    model.eval(); main()", False),
-        *(
-            (line, True)
-            for line in ("import importlib", "os._exit(0)", "torch.allclose = print", "main()", "eval('1')")
-        ),
-    ],
-)
-def test_what_is_allowed_and_what_is_looked_at(line, flag):
-    flags = [f"train.py, line 1: {line}"] if flag else []
+LINES = {  # of the code: whether a grader looks at it
+    "import einops, omegaconf": False,
+    "if __name__ == '__main__':\n    model.eval(); main()": False,
+    **dict.fromkeys(("import importlib", "os._exit(0)", "torch.allclose = print", "main()", "eval('1')"), True),
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_what_is_allowed_and_what_is_looked_at(line):
+    flags = [f"train.py, line 1: {line}"] * LINES[line]
     assert submit.inspect_code("train.py", line.encode()) == {"refused": [], "ready-made": [], "flags": flags}
 
 
@@ -118,21 +114,19 @@ def test_an_andrew_id_is_a_plain_name(capsys):
     assert stop.value.code == 2 and "Andrew ID" in capsys.readouterr().err
 
 
-class TestAlone:
-    """The four files in an empty folder, with only the tests beside them."""
+LOST = "61 of 65 points, lost: 3.4 classify_binary_sentiment"
 
-    def files(self, folder: Path) -> dict[str, Path]:
-        return {name: Path(shutil.copyfile(ROOT / name, folder / name)) for name in submit.CODE}
 
-    @pytest.mark.soak
-    def test_points_and_lost_groups_are_reported(self, tmp_path):
-        files = self.files(tmp_path)
-        edit("classify.py", "def classify_binary_sentiment(", "def classify(")(tmp_path)
-        with pytest.raises(submit.UserError, match="61 of 65 points, lost: 3.4 classify_binary_sentiment"):
-            submit.check_alone(files)
-
-    def test_a_file_that_needs_others_is_named(self, tmp_path):
-        files = self.files(tmp_path)
-        edit("model.py", "import math\n", "import math\nimport support\n")(tmp_path)
-        with pytest.raises(submit.UserError, match="support"):
-            submit.check_alone(files)
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (edit("model.py", "import math\n", "import math\nimport support\n"), "support"),
+        pytest.param(edit("classify.py", "def classify_", "def other_"), LOST, marks=pytest.mark.soak),
+    ],
+    ids=["a file needs others", "a group is lost"],
+)
+def test_the_four_files_with_only_the_tests_beside_them(tmp_path, change, sentence):
+    files = {name: Path(shutil.copyfile(ROOT / name, tmp_path / name)) for name in submit.CODE}
+    change(tmp_path)
+    with pytest.raises(submit.UserError, match=sentence):
+        submit.check_alone(files)
