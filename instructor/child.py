@@ -64,7 +64,7 @@ def why_it_ended(status: int | None, output: str) -> str:
     return (f"{places[0][0]}, line {places[0][1]}: " if places else "") + why
 
 
-def fresh_folder(top: Path, handed_in: Path) -> Path:
+def fresh_folder(top: str | Path, handed_in: Path) -> Path:
     """A new folder with the tests, support/ and the handed-in files."""
     folder = Path(tempfile.mkdtemp(dir=top))
     for path in [path for pattern in COPIED for path in ROOT.glob(pattern)]:

@@ -99,7 +99,7 @@ def unpack(path: Path, folder: Path) -> tuple[dict[str, str], list[str]]:
     return problems, notes
 
 
-def outcomes_of(top: Path, handed_in: Path, file: str, expected: dict) -> tuple[dict[tuple[str, str], str], str]:
+def outcomes_of(top: str, handed_in: Path, file: str, expected: dict) -> tuple[dict[tuple[str, str], str], str]:
     """The outcomes of a file of tests, or why there are none."""
     outcomes, _ = run_tests(fresh_folder(top, handed_in), [f"tests/{file}"], SECONDS_FILE)
     groups = [expected[" ".join(group)] for group, (_, its_file) in points.GROUPS.items() if its_file == file]
