@@ -165,9 +165,7 @@ def block_outputs(block, x, mask=None):
         "no LayerNorm after the feed-forward": post(norm_2=IDENTITY),
         "ln_1 in both places": pre(norm_2=ln_1),
         "ln_2 in both places": pre(norm_1=ln_2),
-        "ln_1 in both places (post-LN)": post(norm_2=ln_1),
         "ln_1 and ln_2 swapped": pre(ln_2, ln_1),
-        "ln_1 and ln_2 swapped (post-LN)": post(ln_2, ln_1),
         "LayerNorm before the residual connection is added (post-LN)": (y := x + ln_1(mha(x))) + ln_2(ff(y)),
     }
     if mask is not None:

@@ -85,7 +85,7 @@ def loss(input_ids, logits):
 def gradient(of, batches, previous=None):
     """of(batches): the gradient of their mean loss; previous: the gradient of the step before, if there is one."""
     right, n = of(batches), len(batches)
-    wrong = {"clipped to norm 1, which nobody asked for": right / right.norm()}
+    wrong = {"clipped to norm 1: no clipping was asked for": right / right.norm()}
     if previous is not None:
         wrong["gradients are not cleared between the steps"] = right + previous
     if n > 1:
@@ -151,23 +151,3 @@ def logged_rate(n_steps, per_step):
         micro_batches = range(1, per_step * n_steps, per_step)
         wrong["lr_schedule gets the number of micro-batches, not of steps"] = micro_batches
     return wrong
-
-
-# --- evaluate ---
-
-
-def validation_loss(first, second):
-    """The mean losses of a batch of 3×6 and one of 1×4 tokens: 15 and 3 predictions."""
-    return {
-        "the mean of the batches' means: batches differ in size": (first + second) / 2,
-        "weighted by rows": (3 * first + second) / 4,
-        "weighted by tokens, not by predictions": (18 * first + 4 * second) / 22,
-        "the logarithm of the mean perplexity": math.log((15 * math.exp(first) + 3 * math.exp(second)) / 18),
-    }
-
-
-def validation_perplexity(first, second):
-    return {
-        "perplexity in base 2: the loss is in nats": 2 ** ((15 * first + 3 * second) / 18),
-        "the mean of the batches' perplexities": (math.exp(first) + math.exp(second)) / 2,
-    }
