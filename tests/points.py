@@ -2,13 +2,16 @@
 
 A test counts for a group when it, or its class, carries `@pytest.mark.question("1.3", "embed")`. A group
 gives all its points if all its tests pass, otherwise none; skipped tests are ignored. A test with
-`@pytest.mark.advice("1.3", "embed")` gives no points: what it asks for is good to have.
+`@pytest.mark.advice("1.3", "embed")` gives no points: what it asks for is optional.
 `pytest tests/` ends with the table of questions, the first failure of each group that lost its points, and the
-advice; `--points-json FILE` also writes it in the form of Gradescope's results.json.
+advice; `--points-json FILE` also writes the rows of the table.
 """
 
 import json
+import re
+import shutil
 import signal
+import textwrap
 import traceback
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("model.py", "train.py", "generate.py", "classify.py")
+SHOWN = (ROOT, ROOT / "tests", ROOT / "tests" / "mistakes")  # the folders whose lines a traceback shows
 
 # (question, part) -> (points, test file); questions and totals are the handout's.
 GROUPS = {
@@ -38,18 +42,17 @@ PERPLEXITY_POINTS = 20  # question 2.6, graded on a test set that students do no
 # In the order of the questions: mistakes in the model are shown before the failures that they cause.
 FILES = ["test_env.py", *dict.fromkeys(file for _, file in GROUPS.values())]
 NOT_WRITTEN = "not written yet"
-CPU_SECONDS_PER_TEST = 30  # for the tests in FILES (the slowest takes about one), against endless loops
+CPU_SECONDS_PER_TEST = 30  # for the tests in FILES (the slowest takes about one), against infinite loops
 
 
 def pytest_addoption(parser):
-    parser.addoption("--points-json", metavar="FILE", help="also write the points as Gradescope's results.json")
+    parser.addoption("--points-json", metavar="FILE", help="also write the table of points to this file")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "question(number, part): the test counts for this group of points")
-    config.addinivalue_line("markers", "advice(number, part): good to have, without points")
-    # A file that cannot be imported must not cost the points of the others.
-    config.option.continue_on_collection_errors = True
+    config.addinivalue_line("markers", "advice(number, part): optional, no points")
+    config.option.continue_on_collection_errors = True  # a file that fails costs the points of no other
     config.pluginmanager.register(Tally(config), "points-tally")
 
 
@@ -70,12 +73,9 @@ class Tally:
     def pytest_collection_modifyitems(self, items):
         items.sort(key=lambda item: FILES.index(item.path.name) if item.path.name in FILES else len(FILES))
         for item in items:
-            if marker := item.get_closest_marker("question"):
-                if marker.args not in GROUPS:
-                    raise pytest.UsageError(f"{item.nodeid}: unknown group of points {marker.args}")
-                self.group_of[item.nodeid] = marker.args
-            elif marker := item.get_closest_marker("advice"):
-                self.advice_for[item.nodeid] = marker.args
+            for name, groups in (("question", self.group_of), ("advice", self.advice_for)):
+                if marker := item.get_closest_marker(name):
+                    groups[item.nodeid] = marker.args
 
     def pytest_deselected(self, items):
         self.deselected |= {self.group_of.pop(i.nodeid) for i in items if i.nodeid in self.group_of}
@@ -88,16 +88,20 @@ class Tally:
             error, reason = exit_at_import, f"the code exits when it is imported: {exit_at_import}"
             report = pytest.CollectReport(collector.nodeid, "failed", reason, [])
         if report.failed and collector.path.name in FILES[1:]:
-            reason = _why_it_does_not_load(error or report.call.excinfo.value)
-            if reason in self.broken.values():  # every test file imports model.py: one traceback is enough
+            reason = report.longrepr = _why_it_does_not_load(error or report.call.excinfo.value)
+            if reason in self.broken.values():  # every test file imports model.py: it is enough to say so once
                 report.outcome, report.longrepr, report.result = "passed", None, []
             self.broken[collector.path.name] = reason
         return report
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
+        if call.excinfo and item.path.name in FILES:  # PyTorch's and pytest's own lines help no student
+            lines = call.excinfo.traceback
+            call.excinfo.traceback = lines.filter(lambda line: Path(line.path).parent in SHOWN) or lines
         report = yield
         crash = getattr(report.longrepr, "reprcrash", None)
+        report.sections = [section for section in report.sections if "log" not in section[0]]  # W&B's
         if report.failed and crash and not _is_not_written(crash.message):
             crash.message = _first_line(report) + _place_in_the_code(call.excinfo.value)
         return report
@@ -113,19 +117,17 @@ class Tally:
         if item.path.name not in FILES or not hasattr(signal, "SIGVTALRM"):  # Windows has none
             return (yield)
 
-        seconds = self.seconds
-
-        def stop(*_):
+        def stop(*_, seconds=self.seconds):
+            __tracebackhide__ = True
             self.seconds = CPU_SECONDS_PER_TEST / 10  # the next ones may hang, too
-            raise AssertionError(f"no result after {seconds:g} s: is there an endless loop?")
+            raise AssertionError(f"no result after {seconds:g} s: is there an infinite loop?")
 
-        before = signal.signal(signal.SIGVTALRM, stop)
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        signal.signal(signal.SIGVTALRM, stop)
+        signal.setitimer(signal.ITIMER_VIRTUAL, self.seconds)
         try:
             return (yield)
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, before)
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
@@ -134,50 +136,33 @@ class Tally:
         elif report.skipped or report.when == "call":
             self.outcomes.setdefault(report.nodeid, report.outcome)
 
+    def failures(self, nodes) -> list[str]:
+        """What the failed tests among these say, and their names; or what is not written yet."""
+        found = {node.split("::", 1)[1]: self.messages[node] for node in nodes if node in self.messages}
+        written = [f"{text} ({test})" for test, text in found.items() if not _is_not_written(text)]
+        stubs = [text.partition("NotImplementedError: ")[2] or NOT_WRITTEN for text in found.values()]
+        return written or [re.sub(r"^question [\d.]+: ", "", stub) for stub in stubs]
+
     def rows(self) -> list[dict]:
         """One row per group that was collected or has a broken file; points are None if undecided."""
         rows = []
         for group, (points, file) in GROUPS.items():
             nodes = [node for node, its_group in self.group_of.items() if its_group == group]
-            outcomes = [self.outcomes.get(node) for node in nodes]
-            ran = [outcome for outcome in outcomes if outcome in ("passed", "failed")]
+            outcomes = [o for o in map(self.outcomes.get, nodes) if o != "skipped"]
             row = {"question": group[0], "part": group[1], "max": points, "points": None, "output": ""}
-            row["tests"] = f"{ran.count('passed')} of {len(ran)}"
+            row["tests"] = f"{outcomes.count('passed')} of {len(outcomes)}"
             if file in self.broken:
                 row |= {"points": 0, "output": self.broken[file]}
             elif not nodes:
                 continue
-            elif "failed" in ran:
-                failed = [f"{n.split('::', 1)[1]}: {self.messages[n]}" for n in nodes if n in self.messages]
-                written = [message for message in failed if not _is_not_written(message)]  # can be fixed
-                stub = failed[0].partition("NotImplementedError: ")[2] or NOT_WRITTEN
-                row |= {"points": 0, "output": "\n".join(written) or stub}
-            elif None in outcomes or group in self.deselected or not ran:
+            elif "failed" in outcomes:
+                row |= {"points": 0, "output": "\n".join(self.failures(nodes))}
+            elif None in outcomes or group in self.deselected or not outcomes:
                 row["output"] = "partial: not all tests of this group were run"
             else:
                 row["points"] = points
             rows.append(row)
         return rows
-
-    def advice(self, rows) -> list[str]:
-        """A heading, and the first failure of each part that has its points, or none to lose."""
-        lost, failed = {(row["question"], row["part"]) for row in rows if not row["points"]}, {}
-        for node, part in self.advice_for.items():
-            wrong = self.outcomes.get(node) == "failed" and not _is_not_written(self.messages[node])
-            if wrong and part not in lost:
-                failed.setdefault(part, []).append(f"{node.split('::', 1)[1]}: {self.messages[node]}")
-        lines = ["good to have, no points:"] if failed else []
-        for (question, part), (first, *others) in failed.items():
-            lines.append(f"{question:<10}{part}: {first}" + f" (and {len(others)} more)" * bool(others))
-        return lines
-
-    def notes(self, rows) -> list[str]:
-        notes, by_name = [], any("::" in str(arg) for arg in self.config.args)
-        if left_out := len(GROUPS) - len(rows):
-            notes.append(f"partial run: {left_out} of the {len(GROUPS)} groups of points were not run")
-        if self.deselected or by_name or self.config.getoption("lf", False):
-            notes.append("partial run: tests were chosen by name or mark; run all of them for the final points")
-        return notes
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_terminal_summary(self, terminalreporter):
@@ -188,42 +173,43 @@ class Tally:
         terminalreporter.section("points")
         line = "{:<10}{:<34}{:>12}{:>10}  {}".format
         write(line("question", "part", "tests passed", "points", "").rstrip())
-        shown = None
+        columns, indent = max(60, shutil.get_terminal_size().columns), " " * 10
+        wrap = textwrap.TextWrapper(columns, initial_indent=indent, subsequent_indent=indent).fill
+        said = None
         for row in rows:
             points = f"{'–' if row['points'] is None else row['points']} / {row['max']}"
-            remark = row["output"] if row["points"] is None or _is_not_written(row["output"]) else ""
+            failures = row["output"].splitlines() or [""]
+            remark = failures[0] if row["points"] is None or _is_not_written(failures[0]) else ""
             write(line(row["question"], row["part"], row["tests"], points, remark).rstrip())
-            if row["points"] == 0 and not remark and row["output"] != shown:  # a broken file is reported once
-                shown = row["output"]
-                first, *others = shown.splitlines()
-                write(" " * 10 + (f"first of {len(others) + 1} failures: " if others else "") + first)
-        if any(row["question"] == "2.1" for row in rows):
-            points, remark = f"– / {PERPLEXITY_POINTS}", "graded on the test data of the course"
-            write(line("2.6", "perplexity of model.pt under 50", "", points, remark))
-        total, possible = _total(rows)
-        write(line("total", "", "", f"{total} / {possible}", "").rstrip())
-        for text in self.notes(rows) + self.advice(rows):
-            write(text)
+            if failures[0] not in (remark, said):  # a broken file is reported once
+                write(wrap(_first_of(failures)))
+                said = failures[0]
+        remark = f"– / {PERPLEXITY_POINTS}", "graded by the course"
+        write(line("2.6", "perplexity of model.pt under 50", "", *remark))
+        points = sum(row["points"] or 0 for row in rows)
+        possible = sum(row["max"] for row in rows if row["points"] is not None)
+        write(line("total", "", "", f"{points} / {possible}", "").rstrip())
+        if self.deselected or len(rows) < len(GROUPS):
+            write("partial run: some tests were left out; run pytest tests/ for all points")
+        lost = [(row["question"], row["part"]) for row in rows if not row["points"]]
+        for part in dict.fromkeys(self.advice_for.values()):
+            failures = self.failures(node for node, of in self.advice_for.items() if of == part)
+            if failures and part not in lost and not _is_not_written(failures[0]):
+                write(f"optional, no points: {' '.join(part)}")
+                write(wrap(_first_of(failures)))
         if path := self.config.getoption("points_json"):
-            Path(path).write_text(json.dumps(self.results(rows), indent=2) + "\n", encoding="utf-8")
-            write(f"points written to {path}")
+            Path(path).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
-    def results(self, rows) -> dict:
-        """The table in the form of Gradescope's results.json; groups without a decision are left out."""
-        tests, output = [], [*self.notes(rows), "2.6 is graded on the course's test data"]
-        for row in rows:
-            name, text = f"{row['question']} {row['part']}", row["output"] or f"{row['tests']} tests passed"
-            if row["points"] is None:
-                output.append(f"{name}: {text}")
-            else:
-                tests.append({"name": name, "score": row["points"], "max_score": row["max"], "output": text})
-        return {"score": _total(rows)[0], "output": "\n".join(output + self.advice(rows)), "tests": tests}
+
+def _first_of(failures: list[str]) -> str:
+    return failures[0] + f", and {len(failures) - 1} more" * (len(failures) > 1)
 
 
 def _first_line(report) -> str:
     """The first line of a failed test's message."""
     crash = getattr(report.longrepr, "reprcrash", None)
-    return ((crash.message if crash else str(report.longrepr)).splitlines() or ["failed"])[0]
+    lines = (crash.message if crash else str(report.longrepr)).splitlines()
+    return lines[0].removeprefix("AssertionError: ") if lines else "failed"
 
 
 def _is_not_written(message: str) -> bool:
@@ -246,14 +232,9 @@ def _why_it_does_not_load(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"{Path(error.filename).name}, line {error.lineno}: {type(error).__name__}: {error.msg}"
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if Path(frame.filename).parent in (ROOT, ROOT / "tests")]
+    ours = [frame for frame in frames if Path(frame.filename).parent in SHOWN]
     place = f"{Path((ours or frames)[-1].filename).name}, line {(ours or frames)[-1].lineno}"
     if isinstance(error, SystemExit) and not isinstance(error.code, str):
         return f'{place}: runs at import; put it under if __name__ == "__main__":'
     remedy = "; pip install -r requirements.txt" if isinstance(error, ModuleNotFoundError) else ""
     return f"{place}: {type(error).__name__}: {error}".splitlines()[0] + remedy
-
-
-def _total(rows) -> tuple[int, int]:
-    decided = [row for row in rows if row["points"] is not None]
-    return sum(row["points"] for row in decided), sum(row["max"] for row in decided)

@@ -97,9 +97,9 @@ def check_alone(files: dict[str, Path]) -> str:
         tested = run("-m", "pytest", "-p", "no:cacheprovider", "--points-json=points", "tests")
         points = Path(folder, "points")
         require(points.exists(), f"the tests did not run ({tested.stdout.strip()[-200:]}); try pytest tests/")
-        parts = json.loads(points.read_text(encoding="utf-8"))["tests"]
-    got, full = (sum(part[key] for part in parts) for key in ("score", "max_score"))
-    lost = [part["name"] for part in parts if part["score"] < part["max_score"]]
+        rows = json.loads(points.read_text(encoding="utf-8"))
+    got, full = sum(row["points"] or 0 for row in rows), sum(row["max"] for row in rows)
+    lost = [f"{row['question']} {row['part']}" for row in rows if not row["points"]]
     require(not lost, f"the tests give {got} of {full} points, lost: {', '.join(lost)}; run pytest tests/")
     return f"the files run alone and get {got} of {full} points in the tests"
 

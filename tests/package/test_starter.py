@@ -22,8 +22,8 @@ def starter(tmp_path):
     return tmp_path / "starter"
 
 
-def graded(folder: Path) -> tuple[dict, str]:
-    """The points of the folder's tests, as the autograder's file has them, and what was printed."""
+def graded(folder: Path) -> tuple[list[dict], str]:
+    """The rows of the table of points of the folder's tests, and what was printed."""
     options = "-q", "-p", "no:cacheprovider", "--points-json", "points.json"
     result = python("-m", "pytest", *options, "tests", cwd=folder)
     assert (folder / "points.json").exists(), result.stdout + result.stderr
@@ -37,9 +37,9 @@ def test_handed_out_it_imports_and_scores_nothing_with_clear_failures(starter):
     command = python("train.py", "configs/smoke.yaml", cwd=starter)
     assert command.returncode == 2 and "DecoderLM.__init__ is not written yet" in command.stderr
     assert len(command.stderr.splitlines()) == 1
-    result, printed = graded(starter)
-    assert result["score"] == 0 and len(result["tests"]) == len(points.GROUPS), "every part must be decided"
-    for part in result["tests"]:
+    rows, printed = graded(starter)
+    assert [row["points"] for row in rows] == [0] * len(points.GROUPS), "every part must be decided"
+    for part in rows:
         assert "is not written yet" in part["output"], part  # its own, or the model's that it needs
     assert "Traceback" not in printed and len(printed.splitlines()) < 60, printed
 
@@ -77,7 +77,7 @@ def test_the_commands_work_with_a_students_own_model(starter, model):
     written = {path.name for path in (starter / "outputs" / "smoke").iterdir()}
     assert {"model.pt", "config.yaml", "eval.json", "generation.jsonl", "classification.json"} <= written
     if model == "the package's own":
-        assert graded(starter)[0]["score"] == FULL_POINTS
+        assert sum(row["points"] for row in graded(starter)[0]) == FULL_POINTS
 
 
 def body_lines(node: ast.FunctionDef) -> set[str]:
