@@ -22,7 +22,8 @@ YELP_LABEL_MAP = {0: " bad", 1: " good"}
 def score(model: DecoderLM, device, tokenizer, texts: list[str], batch_size: int) -> torch.Tensor:
     """Logits of the token that follows each text: N texts -> (N, V), row i for texts[i].
 
-    Of a text longer than P = n_positions only the last tokens are read. `tokenizer` is a tiktoken.Encoding.
+    Batches are padded on the left with tokenizer.eot_token, and masked. Of a text longer than P = n_positions only
+    the last tokens are read. `tokenizer` is a tiktoken.Encoding.
     """
     P, was_training = model.n_positions, model.training
     model.eval()

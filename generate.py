@@ -78,8 +78,9 @@ def generate(
 ) -> list[str]:
     """Continue each prefix by up to max_new_tokens tokens; return the continuations only, in order.
 
-    Each new token depends on exactly the last P tokens, or on all while there are fewer. A row ends at
-    `<|endoftext|>`, which is not part of its text. Sampling (temperature > 0) draws from torch's global generator.
+    Batches are padded on the left with tokenizer.eot_token, and masked. Each new token depends on exactly the last
+    P tokens, or on all while there are fewer. A row ends at `<|endoftext|>`, which is not part of its text.
+    Sampling (temperature > 0) draws from torch's global generator.
     next_token_logits: input_ids (B, S), mask (B, S) -> the logits after each row (B, V); default: the model's.
     """
     next_token_logits = next_token_logits or (lambda input_ids, mask: model(input_ids, mask)[:, -1])
