@@ -94,7 +94,7 @@ def read_tokens(path: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
 
     Raises UserError if the path cannot be read or contains anything but token ids in [0, n_vocab).
     """
-    is_npz, remedy = path.suffix.lower() == ".npz", "build it again with data/prepare.py"
+    is_npz, remedy = path.suffix.lower() == ".npz", "download it again, or build it with data/prepare.py"
     if not is_npz and not any(path.glob("*.npy")):
         path = token_folder(path)
     try:
