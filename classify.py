@@ -68,8 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = results.model_arguments("Call reviews good or bad with a trained language model.", batch_size=16)
     parser.add_argument("--calibrate", action="store_true", help="write the calibrated predictions")
     parser.add_argument("--data", help="a csv, jsonl or text file, 'yelp' (default) or 'sample'")
-    text = "at most N of the labelled ones, at random (default: 1000)"
-    parser.add_argument("--limit", type=positive_int, default=1000, metavar="N", help=text)
+    parser.add_argument("--limit", type=positive_int, default=1000, metavar="N", help="at most N labelled texts")
     args = parser.parse_args(argv)
 
     with exit_on_user_error():
