@@ -26,7 +26,7 @@ import torch
 import yaml
 from right_solutions import POST_LN
 from submit import CODE
-from tiny_run import KEYS
+from tiny_run import KEYS, python, status
 
 from model import DecoderLM
 
@@ -226,18 +226,15 @@ def test_a_hand_in_that_cannot_be_graded_is_named_and_not_kept(tmp_path, monkeyp
     zipped(tmp_path / "ada.zip", RIGHT)
     monkeypatch.setattr(grade, "expected_tests", lambda: {})
     monkeypatch.setattr(grade, "unpack", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(SystemExit) as stop:
-        grade.main([str(tmp_path), "--out", str(tmp_path / "grades"), "--no-container"])
-    assert stop.value.code == 2 and "ada" in capsys.readouterr().err
+    assert status(grade, tmp_path, "--out", tmp_path / "grades", "--no-container") == 2
+    assert "ada" in capsys.readouterr().err
     assert "NOT GRADED: OSError: [Errno 28] No space left" in (tmp_path / "grades/grades.md").read_text()
     assert not list((tmp_path / "grades/details").iterdir())
 
 
 def test_it_runs_in_a_container_only_unless_told_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grade, "CONTAINERS", (str(tmp_path / "none"),))
-    with pytest.raises(SystemExit) as stop:
-        grade.main([str(tmp_path)])
-    assert stop.value.code == 2 and "--no-container" in capsys.readouterr().err
+    assert status(grade, tmp_path) == 2 and "--no-container" in capsys.readouterr().err
 
 
 def test_every_edit_of_the_lists_fits_the_files():
@@ -251,9 +248,9 @@ def test_every_edit_of_the_lists_fits_the_files():
 class TestRealHandIns:
     def test_gradescope_without_a_solution_in_the_zip(self, weights, tmp_path):
         folder, expected = weights
-        command = [sys.executable, ROOT / "instructor/gradescope.py", tmp_path / "autograder.zip"]
-        subprocess.run([*command, "--test-tokens", folder / "test.npz"], check=True, capture_output=True)
-        base = tmp_path / "autograder"
+        base, tokens = tmp_path / "autograder", ("--test-tokens", folder / "test.npz")
+        built = python(ROOT / "instructor/gradescope.py", tmp_path / "autograder.zip", *tokens)
+        assert built.returncode == 0, built.stderr
         with zipfile.ZipFile(tmp_path / "autograder.zip") as archive:
             assert not {*CODE, "model.pt"} & set(archive.namelist())
             archive.extractall(base / "source")
