@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from support.errors import ArgumentParser, UserError, exit_on_user_error, require  # noqa: E402
+from support.errors import ArgumentParser, UserError, exit_on_user_error, first_line, require  # noqa: E402
 from support.files import atomic_file  # noqa: E402
 from support.screen import bold, heading  # noqa: E402
 
@@ -42,11 +42,9 @@ def inspect_code(name: str, source: bytes) -> dict[str, list[str]]:
     """What is wrong with a graded file: {"refused": why it cannot run, "ready-made": …, "flags": to look at}."""
     found = {"refused": [], "ready-made": [], "flags": []}
     try:
-        tree = ast.parse(source)
+        tree = ast.parse(source, name)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deep
-        line = f", line {error.lineno}," if isinstance(error, SyntaxError) and error.lineno else ""
-        problem = getattr(error, "msg", None) or f"{error}" or "nested too deep"
-        return found | {"refused": [f"{name}{line} is not valid Python ({problem}); fix it"]}
+        return found | {"refused": [f"{name} is not valid Python: {first_line(error)}; fix it"]}
     forbidden = {}
     for node in ast.walk(tree):
         names = {getattr(node, "attr", ""), getattr(node, "id", "")}
@@ -110,8 +108,7 @@ def load_own_model(path: Path):
 
     trained = load_trained_model(None, str(path), "cpu")
     megabytes = path.stat().st_size / 1e6
-    limit = f"the course takes under {MOST_MEGABYTES}; train a smaller model"
-    require(megabytes < MOST_MEGABYTES, f"{path} has {megabytes:.1f} MB, {limit}")
+    require(megabytes < MOST_MEGABYTES, f"{path} has {megabytes:.1f} MB; train a model under {MOST_MEGABYTES} MB")
     c, size = trained.config, trained.config.model_config
     n_parameters = sum(parameter.numel() for parameter in trained.model.parameters())
     tokens = c.num_training_steps * c.grad_accumulation_steps * c.batch_size * c.seq_len

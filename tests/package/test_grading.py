@@ -160,7 +160,7 @@ NO_CHECK = RIGHT["model.py"].replace("return '", "return 'not ") + "import torch
 # name: (files, points, what the page says)
 CASES = {
     "right": (RIGHT, 65, ""),
-    "syntax_error": (RIGHT | {"model.py": "import os\ndef f(:\n"}, 0, "model.py, line 2, is not valid Python"),
+    "syntax_error": (RIGHT | {"model.py": "import os\ndef f(:\n"}, 0, "invalid syntax (model.py, line 2)"),
     "imports": (
         RIGHT | {"generate.py": "import pytest\nimport checks"},
         55,
