@@ -1,7 +1,8 @@
 """Assertions for the student's tests: the first line of a failure names the likely mistake.
 
-`mistakes` maps the name of a common mistake to the value that it would have given. Each test states the right
-value; the catalogues of mistakes are in tests/mistakes/.
+Each test states the correct value. `mistakes` maps the name of a common mistake to the value that it would have
+given; tests/mistakes/ has them. stand_ins.py has correct parts in place of a solution's own, conftest.py the
+tokenizer and the random weights, and points.py prints the table.
 """
 
 from contextlib import contextmanager
@@ -22,15 +23,7 @@ def explained(what: str, hint: str, *errors: type[Exception]):
         raise AssertionError(f"{what}, got {type(error).__name__} ({reason}); {hint}") from error
 
 
-def check_close(
-    actual,
-    expected,
-    what: str,
-    mistakes: dict | None = None,
-    hint: str = "",
-    atol: float = 1e-5,
-    rtol: float = 1e-5,
-):
+def check_close(actual, expected, what, mistakes: dict | None = None, hint="", atol=1e-5, rtol=1e-5):
     """Assert that two tensors (or what torch.as_tensor takes) have one shape and agree up to atol and rtol.
 
     Args:
@@ -51,9 +44,9 @@ def check_close(
     wrong = {name: _as_float64(value) for name, value in (mistakes or {}).items()}
     same = [name for name, value in wrong.items() if _is_close(value, expected, atol, rtol)]
     if _is_close(actual, expected, atol, rtol):
-        if same:  # the inputs tell right from wrong, so something that they depend on has no effect
+        if same:  # the inputs tell them apart, so something that they depend on has no effect
             raise AssertionError(
-                f"{what}: right, but no different from '{same[0]}': is a part of the model skipped?"
+                f"{what}: as expected, but '{same[0]}' gives the same: is a part of the model skipped?"
             )
         return
     n_nan = int((actual.isnan() & ~expected.isnan()).sum()) if actual.shape == expected.shape else 0
@@ -99,11 +92,10 @@ def check_rows(model, call, batch_size, n_rows):
     wrong = {"batch_size is ignored: all rows go through the model at once": n_rows}
     most = max(seen, default=0)
     check_equal(max(most, batch_size), batch_size, f"rows at once with batch_size = {batch_size}", wrong)
-    return seen
 
 
 def nearest(actual, candidates: list[torch.Tensor]) -> torch.Tensor:
-    """The one of several right values that is closest to `actual`, to compare it with."""
+    """The one of several correct values that is closest to `actual`, to compare it with."""
     if not isinstance(actual, torch.Tensor) or actual.shape != candidates[0].shape:
         return candidates[0]
     return min(candidates, key=lambda candidate: (actual - candidate).abs().nan_to_num(torch.inf).max().item())

@@ -1,4 +1,4 @@
-"""Right parts in place of a solution's own, so that one mistake costs the points of one group only."""
+"""Correct parts in place of a solution's own, so that one mistake costs the points of one group only."""
 
 import torch
 from mistakes.model import attention, logits, split_heads
@@ -8,7 +8,7 @@ from model import DecoderBlock, DecoderLM, MultiHeadAttention
 
 
 def use_right_q_kT_v(mha: MultiHeadAttention, n_head: int) -> MultiHeadAttention:
-    """Let `mha` split its heads rightly."""
+    """Let `mha` split its heads correctly."""
 
     def q_kT_v(x):
         q, k, v = (split_heads(linear(x), n_head) for linear in (mha.q_attn, mha.k_attn, mha.v_attn))
@@ -37,7 +37,7 @@ def position_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -
 
 
 def use_right_parts(lm: DecoderLM) -> DecoderLM:
-    """Let `lm` embed tokens and positions rightly, without dropout, and give it blocks without attention."""
+    """Let `lm` embed tokens and positions correctly, without dropout, and give it blocks without attention."""
 
     def embed(input_ids, attention_mask=None):
         positions = position_ids(input_ids, attention_mask)
@@ -76,8 +76,6 @@ class PlainLM(nn.Module):
         self.dropout = nn.Dropout(p_dropout)
 
     def embed(self, input_ids, attention_mask=None):
-        if input_ids.shape[1] > self.n_positions:
-            raise ValueError(f"{input_ids.shape[1]} tokens are more than n_positions = {self.n_positions}")
         of_positions = self.position_embeddings(position_ids(input_ids, attention_mask))
         return self.dropout(of_positions + self.token_embeddings(input_ids))
 
@@ -108,7 +106,7 @@ def _is_right(lm: DecoderLM) -> bool:
 
 
 def language_model(randomise, *args, **kwargs) -> nn.Module:
-    """The solution's DecoderLM in evaluation mode if it is right, else a PlainLM, with random weights."""
+    """The solution's DecoderLM in evaluation mode if it is correct, else a PlainLM, with random weights."""
     try:
         lm = randomise(DecoderLM(*args, **kwargs)).eval()
         if _is_right(lm):

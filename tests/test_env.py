@@ -28,9 +28,7 @@ def say(capfd):
 def test_python(say):
     found, good = f"python {platform.python_version()}", (3, 10) <= sys.version_info[:2] <= (3, 13)
     say(f"[{'OK' if good else 'FAIL'}] {found}")
-    assert good, (
-        f"expected Python 3.10 to 3.13, got {found}: create the virtual environment with another python3.x"
-    )
+    assert good, f"expected Python 3.10 to 3.13, got {found}: create the environment with another python3.x"
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -49,12 +47,7 @@ def test_torch_is_recent_and_computes(say):
     torch = pytest.importorskip("torch", reason="see test_package[torch]")
     release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     assert release >= (2, 6), f"torch: expected 2.6 or newer, got {torch.__version__}; remedy: {REMEDY}"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    devices = [
-        gpu,
-        "mps" if torch.backends.mps.is_available() else None,
-        f"cpu ({torch.get_num_threads()} threads)",
-    ]
-    say(f"[OK] torch finds {', '.join(filter(None, devices))}")
+    device = "mps" if torch.backends.mps.is_available() else f"cpu ({torch.get_num_threads()} threads)"
+    say(f"[OK] torch finds {torch.cuda.get_device_name() if torch.cuda.is_available() else device}")
     a = torch.arange(6.0).view(2, 3)
     assert torch.equal(a @ a.T, torch.tensor([[5.0, 14.0], [14.0, 50.0]])), "torch: a 2×3 product came out wrong"

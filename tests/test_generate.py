@@ -24,7 +24,7 @@ def lm(make_lm):
 
 @pytest.fixture
 def generate_texts(lm, tokenizer, monkeypatch):
-    """generate() with a right softmax_with_temperature, so that a mistake in it costs its own points only."""
+    """generate() with a correct softmax_with_temperature, so that a mistake in it costs its own points only."""
     own_softmax = generate.softmax_with_temperature
 
     def right_softmax(logits, temperature, *args, **kwargs):
@@ -226,11 +226,6 @@ class TestMoreOfGenerate:
         for prefix, text in zip(prefixes, generate_texts(prefixes, batch_size, n_new), strict=True):
             check_greedy(prefix, text, hint, n_new)
 
-    def test_several_rows_at_once(self, lm, generate_texts):
-        seen = check_rows(lm, lambda: generate_texts(PREFIXES, 3), 3, len(PREFIXES))
-        wrong = {"one row at a time, which is slow": 1}
-        check_equal(max(seen, default=3), 3, "rows at once with batch_size = 3", wrong)
-
     def test_an_empty_prefix_starts_from_endoftext(self, generate_texts, check_greedy):
         for prefixes in ([""], ["", "To be"], [" the time", ""]):
             hint = "an empty prefix is one <|endoftext|>, a real token, not padding"
@@ -263,9 +258,6 @@ class TestMoreOfGenerate:
         check_equal(model.training, mode == "training", what, hint=hint)
         for prefix, text in zip(PREFIXES, texts, strict=True):
             check_greedy(prefix, text, hint="is dropout off while generating?", model=model)
-
-    def test_no_prefixes_no_texts(self, generate_texts):
-        check_equal(generate_texts([]), [], "texts for no prefixes")
 
     def test_a_literal_endoftext_in_a_prefix_is_text(self, generate_texts, check_greedy):
         (text,) = generate_texts(["a<|endoftext|>"])

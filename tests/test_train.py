@@ -1,7 +1,7 @@
 """Question 2.1: train.py. Only the resulting numbers count, not how a solution arrives at them.
 
 The training loop is observed from the optimizer, which notes the gradients, weights and rate of each step. Its
-model is a stand-in, and its loss a right one, so that other mistakes cost no points here.
+model is a stand-in, and its loss a correct one, so that other mistakes cost no points here.
 Tests marked `question` give points; those marked `advice` test what this package adds to the handout.
 """
 
@@ -30,7 +30,7 @@ def lm(randomise):
 
 
 def plain_loss(model):
-    """The right loss as a function of the input ids alone."""
+    """The correct loss as a function of the input ids alone."""
     return lambda ids: mistakes.costs(ids, model(ids)).mean()
 
 

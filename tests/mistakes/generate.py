@@ -41,7 +41,7 @@ def likeliest(model, ids, mask=None, position=-1):
 
 
 def greedy(model, prompt: list[int], n_new: int, end: int | None = None) -> list[int]:
-    """The right tokens: each is the likeliest one after the last n_positions tokens."""
+    """The correct tokens: each is the likeliest one after the last n_positions tokens."""
     P = len(model.position_embeddings.weight)
     return continued(prompt, n_new, lambda i, ids: likeliest(model, ids[-P:]), end)
 

@@ -33,7 +33,7 @@ def _causal(S):
 
 
 def heads_of(x, others, n_head):
-    """x: what the right linear layer gives, (B, S, D); others: {name: what would be wrong in its place}."""
+    """x: what the correct linear layer gives, (B, S, D); others: {name: what would be wrong in its place}."""
     B, S, D = x.shape
     wrong = {f"{name} in place of it": split_heads(other, n_head) for name, other in others.items()}
     return wrong | {
@@ -111,7 +111,7 @@ def attention_with_padding(q, kT, v, mask):
 
 
 def feed_forward(ff, x):
-    """The right output of a FeedForward with these layers, and those of common mistakes."""
+    """The correct output of a FeedForward with these layers, and those of common mistakes."""
 
     def through(activation):
         return ff.linear_out(activation(ff.linear_in(x)))
@@ -128,7 +128,7 @@ def feed_forward(ff, x):
 
 @torch.no_grad()
 def block_outputs(block, x, mask=None):
-    """The two right outputs of a block, pre-LN and post-LN, and those of common mistakes."""
+    """The two correct outputs of a block, pre-LN and post-LN, and those of common mistakes."""
     ln_1, ln_2, ff = block.ln_1, block.ln_2, block.ff
 
     def mha(x):
@@ -218,7 +218,7 @@ def initial_std(smaller, n_layer, fan_in):
 
 @torch.no_grad()
 def logits(lm, ids, mask=None):
-    """The right logits of a model with these parts, and those of common mistakes in putting them together."""
+    """The correct logits of a model with these parts, and those of common mistakes in putting them together."""
 
     def through(blocks=lm.blocks, embed_mask=mask, block_mask=mask, before=IDENTITY, after=lm.ln):
         x = before(lm.embed(ids, embed_mask))
