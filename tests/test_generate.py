@@ -40,7 +40,7 @@ def generate_texts(lm, tokenizer, monkeypatch):
     def generate_texts(prefixes, batch_size=1, max_new_tokens=MAX_NEW, temperature=0.0, model=lm):
         arguments = model, torch.device("cpu"), tokenizer, list(prefixes), batch_size
         n_tokens = max((len(tokenizer.encode_ordinary(p)) for p in prefixes), default=0) + max_new_tokens
-        what = f"prefixes {prefixes}, {n_tokens} tokens with n_positions = {P}: expected texts"
+        what = f"{len(prefixes)} prefixes, up to {n_tokens} tokens with n_positions = {P}: expected texts"
         hint = "the model gets only the last n_positions tokens and their mask, an empty prefix is <|endoftext|>"
         fits = "" not in prefixes and n_tokens <= P
         with explained(what, hint, *(() if fits else (IndexError, ValueError, RuntimeError, AssertionError))):
