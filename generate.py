@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="0 = greedy (default)")
     parser.add_argument("--top_k", type=positive_int, metavar="K", help="sample from the K likeliest tokens only")
     parser.add_argument("--top_p", type=probability_mass, metavar="P", help="sample from the likeliest of mass P")
-    parser.add_argument("--seed", type=seed, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the sampling (default: 0)")
     parser.add_argument("--num_samples", type=positive_int, default=1, metavar="N", help="per prompt (default: 1)")
     args = parser.parse_args(argv)
 

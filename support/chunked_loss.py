@@ -73,7 +73,7 @@ def choose_loss(model: nn.Module, definition: Callable, device: torch.device) ->
     fast = ChunkedLanguageModelingLoss if device.type == "cpu" else SlicedLanguageModelingLoss
     if _equals_plain(fast, model, definition, device):
         return fast(model)
-    show_note("model.py computes its logits in its own way, so the plain loss is used, which is slower.")
+    show_note("The fast loss does not match this model.py: training uses the plain loss, which is slower.")
     return PlainLoss(model, definition)
 
 
@@ -112,8 +112,8 @@ def compiled(loss_fn: nn.Module, device: torch.device) -> nn.Module:
         torch.compile(torch.sin)(torch.ones(8, device=device))
     except Exception as error:  # depends on what the device's compiler lacks
         needed = "a C++ compiler such as g++" if device.type == "cpu" else "gcc and Python's headers (python3-dev)"
-        remedy = f"install {needed}, or give compile: false"
-        raise UserError(f"compile = true, but nothing compiles here ({first_line(error)}); {remedy}") from None
+        remedy = f"install {needed}, or set compile: false"
+        raise UserError(f"compile: true, but torch.compile fails here ({first_line(error)}); {remedy}") from None
     loss_fn = copy.copy(loss_fn)  # of the same model
     loss_fn.compile()
     return loss_fn

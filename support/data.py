@@ -38,7 +38,7 @@ def hub_file(repo: str, filename: str, name: str) -> tuple[Path | None, str]:
         # Asked alone, because the download tries an unreachable Hub for minutes. An expired token is never sent.
         facts = get_hf_file_metadata(hf_hub_url(repo, filename, repo_type="dataset"), token=False, timeout=8)
         size = f"{facts.size / 1e6:,.1f} MB, once"
-        print(f"Downloading {repo}: {size} (Ctrl-C stops it; --data sample does without).", flush=True)
+        print(f"Downloading {repo}: {size} (Ctrl-C stops it; --data sample avoids it).", flush=True)
         folder = DATA / ".downloads"
         os.replace(hf_hub_download(repo, filename, repo_type="dataset", local_dir=folder, token=False), path)
         return path, ""

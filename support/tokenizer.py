@@ -93,7 +93,7 @@ def token_folder(path: Path) -> Path:
         spool = TemporaryFile(dir=folder.parent)  # noqa: SIM115
     except OSError as error:
         problem = f"{folder.parent}: the tokens of the text cannot be written there ({error.strerror})"
-        raise UserError(f"{problem}; copy the text to a folder of yours") from None
+        raise UserError(f"{problem}; copy the text to a folder that you can write to") from None
     with spool:
         n_tokens = sum(tokenise(read_documents(path), spool))
         require(n_tokens > 0, f"{path}: contains no text to train on; choose a file with text")
