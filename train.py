@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     from support.config import load_config, parse_arguments
     from support.data import load_corpus
     from support.device import batches_on, choose_device, join_processes
-    from support.errors import exit_on_user_error
+    from support.errors import accepted, exit_on_user_error
     from support.report import Report, show_evaluation, show_sample
     from support.run import Run
     from support.screen import heading
@@ -228,7 +228,8 @@ def main(argv: list[str] | None = None) -> None:
         loss_fn = choose_loss(model, compute_language_modeling_loss, device)
 
         def validate(tokens) -> dict[str, float]:
-            batches = sequential_batch_sampler(tokens, "cpu", c.batch_size, c.seq_len, drop_last=False)
+            options = accepted(sequential_batch_sampler, drop_last=False)
+            batches = sequential_batch_sampler(tokens, "cpu", c.batch_size, c.seq_len, **options)
             return evaluate(model, batches_on(device, batches), autocast, loss_fn=loss_fn)
 
         if args.evaluate:
@@ -248,8 +249,9 @@ def main(argv: list[str] | None = None) -> None:
                 return report.show_results(run.folder)
             n_steps, accumulation = c.num_training_steps, c.grad_accumulation_steps
             options = {"loss_fn": train_loss_fn, "grad_clip": c.grad_clip, "on_step": run.on_step}
-            resumed = {"start_step": len(run.rows), "previous_losses": [row[0] for row in run.rows]}
-            train(model, batches, optimizer, lr_schedule, autocast, n_steps, accumulation, **options, **resumed)
+            options |= {"start_step": len(run.rows), "previous_losses": [row[0] for row in run.rows]}
+            options = accepted(train, **options)
+            train(model, batches, optimizer, lr_schedule, autocast, n_steps, accumulation, **options)
             if world.rank == 0:
                 run.save_results(validate(corpus.val))
                 report.show_results(run.folder)

@@ -6,14 +6,13 @@ them, so that each step of generate() reads the new tokens only.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from inspect import signature
 
 import torch
 from tqdm import tqdm
 
 from model import DecoderLM
 from support.checkpoint import TrainedModel
-from support.errors import RunStopped, first_line, require
+from support.errors import RunStopped, accepted, first_line, require
 from support.screen import show_note
 
 TOLERANCE = 1e-3  # of the largest logit: far above rounding, far below a wrong context
@@ -79,7 +78,7 @@ def choose_decoder(trained: TrainedModel, generate: Callable) -> dict[str, Calla
     The model itself, with a note, if the cache does not give its own logits on a small batch. Raises RunStopped if
     the logits are not finite, now or later.
     """
-    if "next_token_logits" not in signature(generate).parameters:  # only the handout's arguments
+    if not accepted(generate, next_token_logits=None):  # only the handout's arguments
         return {}
 
     def plain(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from support.errors import first_line, require
+from support.errors import RunStopped, first_line, require
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ def choose_device(requested: str = "auto", training: bool = False, local_rank: i
     several = local_rank is not None
     names = ["auto", "cpu", "cuda"] + [r"cuda:\d+", "mps"] * (not several)
     known = re.fullmatch("|".join(names), requested) is not None
-    require(known, f"device = '{requested}'{' for several processes' * several}: use auto, cuda, mps or cpu")
+    wanted = "for several processes: use auto, cuda or cpu" if several else "unknown: use auto, cuda, mps or cpu"
+    require(known, f"device = '{requested}' {wanted}")
     reason = "as requested"
     if requested.startswith(("auto", "cuda")):
         index = local_rank or int(requested[5:] or 0)
@@ -55,8 +56,9 @@ def choose_device(requested: str = "auto", training: bool = False, local_rank: i
         if reason is None:
             return _cuda(index, training)
         falls_back = requested == "auto" and not (several and torch.cuda.is_available())
-        remedy = "use auto or cpu" if not several else "start fewer processes or use cpu"
-        require(falls_back, f"device = '{requested}', but {reason}; {remedy}")
+        if several and not falls_back:  # only this process knows: its status 1 is reported by every rank
+            raise RunStopped(f"device = '{requested}', but {reason}; start fewer processes or use cpu")
+        require(falls_back, f"device = '{requested}', but {reason}; use auto or cpu")
     if requested == "mps" or (requested == "auto" and not several):
         if torch.backends.mps.is_available():
             return Device(torch.device("mps"), "an Apple GPU")

@@ -2,11 +2,13 @@
 
 import argparse
 import errno
+import inspect
 import io
 import math
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -83,6 +85,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     words = "out of memory|can't allocate memory|Storage size calculation overflowed"
     in_pytorch = isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
     return in_pytorch or isinstance(error, MemoryError)
+
+
+def accepted(function: Callable, **options) -> dict:
+    """Those of the options that the function takes: a student's own function may have none of ours."""
+    parameters = inspect.signature(function).parameters.values()
+    takes_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
+    names = {parameter.name for parameter in parameters}
+    return {name: value for name, value in options.items() if takes_all or name in names}
 
 
 def first_line(error: BaseException) -> str:

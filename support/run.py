@@ -163,7 +163,7 @@ class Run:
             self.rows[-1][-1] = result["val-loss"]
         else:  # a student's train() may ignore on_step
             self.seconds = time.perf_counter() - self._clock
-            show_note("train() did not call on_step after each step: this run drew no curve and could not resume.")
+            show_note("train() never called on_step, so there is no curve, and interrupted runs cannot resume.")
         save_tensors(self.folder / "model.pt", weights)
         origin = {"config": self.config, "data-sha256": self.data_hash}
         self.report.save(self.folder, result, self.rows, self.seconds, origin)
@@ -177,8 +177,9 @@ class Run:
         with suppress(OSError):  # the terminal may be gone
             self.report.close()
             if error and not self.result:
-                hint = "Nothing was saved yet: rerun the same command to start over."
-                resume = f"{self.state_path} is kept: rerun the same command to resume at step {self.saved_step}."
+                again = "rerun the same command" + " without --fresh" * bool(self.fresh and self.saved_step)
+                hint = f"Nothing was saved yet: {again} to start over."
+                resume = f"{self.state_path} is kept: {again} to resume at step {self.saved_step}."
                 print("\nStopped.", resume if self.saved_step else hint, flush=True)
         finish_wandb(self.result)
         self._lock.release()
