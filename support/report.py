@@ -181,9 +181,8 @@ def start_wandb(c: TrainingConfig, run_id: str | None) -> str | None:
         settings = wandb.Settings(silent=True, console="off", init_timeout=10, finish_timeout=30)
         wandb.setup(settings)
         if mode != "disabled" and (mode == "offline" or wandb.login(prompt=False, verify=False)):
-            place = {"project": "decoder-from-scratch", "name": Path(c.output_dir).name}
-            resume = {"id": run_id, "resume": "allow"} if run_id else {}
-            run_id = wandb.init(**place, **resume, config=dataclasses.asdict(c), settings=settings).id
+            place = {"project": "decoder-from-scratch", "name": Path(c.output_dir).name, "id": run_id}
+            run_id = wandb.init(**place, resume="allow", config=dataclasses.asdict(c), settings=settings).id
     except Exception as error:  # offline, a wrong key, a full disk: none of them may stop a training run
         show_note(f"W&B did not start ({first_line(error)}); metrics.csv has everything.")
     return run_id
