@@ -122,6 +122,9 @@ class Run:
             self._save()
         if stop:
             raise SystemExit(128 + stop)
+        if is_last:
+            self.optimizer.zero_grad()  # its memory is enough for the evaluation, the curve and the sample
+            self.optimizer.state.clear()
         if is_main:
             self.report.show_step(n, *self.rows[-1], self.seconds / n)
         self._clock = time.perf_counter()
