@@ -114,9 +114,8 @@ def train(
     """Train the model in place for the steps start_step .. num_training_steps - 1.
 
     Each step sets lr_schedule(step), draws grad_accumulation_steps micro-batches (B, S) and updates the weights
-    once with the gradient of their mean loss. An active W&B run logs the train-loss, which is the mean over the
-    last RUNNING_MEAN_STEPS steps, and the learning-rate. Raises FloatingPointError, before the weights change, if
-    the loss or the gradient is not finite.
+    once with the gradient of their mean loss. An active W&B run logs the learning-rate and the train-loss, a mean
+    over RUNNING_MEAN_STEPS steps. Raises FloatingPointError before a loss or gradient that is not finite is used.
 
     loss_fn      computes the loss of input_ids (B, S) by other means than model(input_ids), perhaps faster
     grad_clip    scales a gradient down to this norm if it is longer
@@ -212,9 +211,9 @@ def main(argv: list[str] | None = None) -> None:
 
     args = parse_arguments(argv)
     with exit_on_user_error():
-        c = load_config(args.config, args.set, data=args.data, init=args.evaluate or args.init)
+        c = load_config(args.config, args.set, data=args.data, init=args.init)
         world = join_processes()  # one, unless torchrun started several
-        heading(f"evaluate {c.init}" if args.evaluate else f"train {c.output_dir}")
+        heading(f"evaluate {args.evaluate}" if args.evaluate else f"train {c.output_dir}")
         hardware = choose_device(c.device, training=True, local_rank=world.local_rank)
         device, autocast = hardware.device, hardware.autocast()
         tokenizer = get_tokenizer(c.tokenizer_encoding)
@@ -223,8 +222,8 @@ def main(argv: list[str] | None = None) -> None:
 
         torch.manual_seed(c.seed)
         model = DecoderLM(tokenizer.n_vocab, **vars(c.model_config)).to(device)
-        if c.init:
-            load_weights(model, c.init, c.model_config)
+        if args.evaluate or c.init:
+            load_weights(model, args.evaluate or c.init, c.model_config)
         loss_fn = choose_loss(model, compute_language_modeling_loss, device)
 
         def validate(tokens) -> dict[str, float]:
@@ -235,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.evaluate:
             return show_evaluation(c, corpus, hardware, validate(corpus.val))
 
-        options = {"betas": (0.9, 0.95), "weight_decay": c.weight_decay, "fused": hardware.fused}
+        options = {"betas": (0.9, 0.95), "weight_decay": c.weight_decay, "fused": device.type != "mps"}
         optimizer = torch.optim.AdamW(model.parameters(), **options)
         lr_schedule = cosine_lr_schedule(c.num_warmup_steps, c.num_training_steps, c.min_lr, c.max_lr)
         batches = batches_on(device, random_batch_sampler(corpus.train, "cpu", c.batch_size, c.seq_len))
@@ -247,11 +246,10 @@ def main(argv: list[str] | None = None) -> None:
         with Run(report, model, optimizer, validate, args.fresh) as run:
             if run.finished:
                 return report.show_results(run.folder)
-            n_steps, accumulation = c.num_training_steps, c.grad_accumulation_steps
+            steps = c.num_training_steps, c.grad_accumulation_steps
             options = {"loss_fn": train_loss_fn, "grad_clip": c.grad_clip, "on_step": run.on_step}
             options |= {"start_step": len(run.rows), "previous_losses": [row[0] for row in run.rows]}
-            options = accepted(train, **options)
-            train(model, batches, optimizer, lr_schedule, autocast, n_steps, accumulation, **options)
+            train(model, batches, optimizer, lr_schedule, autocast, *steps, **accepted(train, **options))
             if world.rank == 0:
                 run.save_results(validate(corpus.val))
                 report.show_results(run.folder)

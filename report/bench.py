@@ -86,7 +86,7 @@ def training_step(contender: str, shape: SimpleNamespace, hardware) -> Callable[
         loss_fn = PlainLoss(model, definition) if kind == "plain" else choose_loss(model, definition, device)
         loss_fn = compiled(loss_fn, device) if suffix else loss_fn
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=hardware.fused)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=hardware.device.type != "mps")
 
     def step() -> None:
         optimizer.zero_grad()

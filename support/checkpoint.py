@@ -115,11 +115,6 @@ class TrainedModel:
         """Where the model is."""
         return self.hardware.device
 
-    @property
-    def folder(self) -> Path:
-        """The folder of the checkpoint."""
-        return self.path.parent
-
     def facts(self) -> dict[str, str]:
         """What a command prints about the model."""
         size = count(sum(parameter.numel() for parameter in self.model.parameters()), "parameters")
@@ -150,11 +145,11 @@ def load_trained_model(config_path: str | None, checkpoint: str | None, device: 
 def find_checkpoint(config_path: str | None, checkpoint: str | None) -> tuple[Path, str]:
     """The path of the checkpoint and how it was chosen. Raises UserError if there is none to choose."""
     if checkpoint:
-        return checkpoint_file(checkpoint), "as named"
+        return checkpoint_file(checkpoint), "from the command line"
     if config_path:
         return Path(load_config(config_path).output_dir) / "model.pt", f"output_dir of {config_path}"
     runs = [path for folder in {Path.cwd(), ROOT} for path in folder.glob("outputs/*/model.pt")]
     newest = max(runs, key=lambda path: path.stat().st_mtime, default=ROOT / "model.pt")
     require(newest.exists(), "no trained model found; train one with python train.py configs/GPT-tiny.yaml")
-    how_found = "the newest in outputs/" if runs else "it comes with the package"
-    return Path(os.path.relpath(newest)), f"{how_found}; give a path to use another"
+    how_found = "the newest in outputs/" if runs else "the bundled model"
+    return Path(os.path.relpath(newest)), f"{how_found}; name a path to use another"

@@ -1,4 +1,4 @@
-"""What a training run is told: the command line, and the YAML file as a frozen dataclass that pydantic checks.
+"""The configuration of a training run: its command line and its YAML file, checked by pydantic.
 
 config = load_config("configs/GPT-tiny.yaml", ["max_lr=1e-3", "model_config.n_embd=64"])
 """

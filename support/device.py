@@ -1,4 +1,4 @@
-"""Where a run computes: its device, precision and random generators, and the processes that share the work."""
+"""The device of a run, its precision and random state, and the processes that share the work."""
 
 import os
 import random
@@ -22,11 +22,6 @@ class Device:
     reason: str
     dtype: torch.dtype = torch.float32  # of the matrix products under autocast
 
-    @property
-    def fused(self) -> bool:
-        """Whether AdamW can update all weights in one kernel."""
-        return self.device.type != "mps"
-
     def autocast(self) -> AbstractContextManager:
         """The context in which to compute losses; weights and losses stay float32."""
         if self.dtype == torch.float32:
@@ -45,20 +40,18 @@ def choose_device(requested: str = "auto", training: bool = False, local_rank: i
     that this machine or PyTorch build does not have.
     """
     several = local_rank is not None
-    names = ["auto", "cpu", "cuda"] + [r"cuda:\d+", "mps"] * (not several)
-    known = re.fullmatch("|".join(names), requested) is not None
-    wanted = "for several processes: use auto, cuda or cpu" if several else "unknown: use auto, cuda, mps or cpu"
-    require(known, f"device = '{requested}' {wanted}")
+    names = "auto, cuda or cpu" if several else "auto, cuda, mps or cpu"
+    known = re.fullmatch(r"auto|cpu|cuda" if several else r"auto|cpu|mps|cuda(:\d+)?", requested) is not None
+    require(known, f"device = '{requested}'{' for several processes' * several}: use {names}")
     reason = "as requested"
     if requested.startswith(("auto", "cuda")):
         index = local_rank or int(requested[5:] or 0)
         reason = _cuda_problem(index)
         if reason is None:
             return _cuda(index, training)
-        falls_back = requested == "auto" and not (several and torch.cuda.is_available())
-        if several and not falls_back:  # only this process knows: its status 1 is reported by every rank
+        if several and torch.cuda.is_available():  # perhaps this process alone
             raise RunStopped(f"device = '{requested}', but {reason}; start fewer processes or use cpu")
-        require(falls_back, f"device = '{requested}', but {reason}; use auto or cpu")
+        require(requested == "auto", f"device = '{requested}', but {reason}; use auto or cpu")
     if requested == "mps" or (requested == "auto" and not several):
         if torch.backends.mps.is_available():
             return Device(torch.device("mps"), "an Apple GPU")
@@ -148,6 +141,9 @@ class OneProcess:
 
     def gather(self, value) -> list:
         return [value]
+
+    def wait(self) -> None:
+        pass
 
     def leave(self) -> None:
         pass

@@ -35,10 +35,10 @@ class Processes(OneProcess):
     def first(self, action: Callable):
         """action(), which rank 0 does first: the others find what it downloaded or wrote."""
         if self.rank:
-            self.maximum(0)
+            self.wait()
         result = action()
         if not self.rank:
-            self.maximum(0)
+            self.wait()
         return result
 
     def distribute(
@@ -71,10 +71,14 @@ class Processes(OneProcess):
         return distributed_loss
 
     def maximum(self, *values: int) -> tuple[int, ...]:
-        """The largest of each value over all processes. It returns when all have called it."""
+        """The largest of each value over all processes."""
         tensor = torch.tensor(values)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tuple(tensor.tolist())
+
+    def wait(self) -> None:
+        """Return when all processes have called it."""
+        self.maximum(0)
 
     def gather(self, value) -> list:
         """The values of all processes, by rank."""
@@ -84,7 +88,7 @@ class Processes(OneProcess):
 
     def leave(self) -> None:
         """Wait for the others at the end."""
-        self.maximum(0)  # the store lives in rank 0, which must not leave before the others
+        self.wait()  # the store lives in rank 0, which must not leave before the others
         # The group's destructor waits for gloo's threads while it holds Python's lock: a deadlock if one of them
         # has to drop its last tensor. A reference that lasts until the process ends prevents that.
         _ended.append(dist.group.WORLD)

@@ -73,7 +73,8 @@ def as_user_error(error: Exception) -> UserError:
         remedies = "a lower max_lr, more num_warmup_steps, or grad_clip=1.0"
         return RunStopped(f"diverged: {error}. Likely remedies, with --fresh: {remedies}")
     if isinstance(error, OSError):
-        remedy = "free some disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "fix that"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some disk space" if full else "check the path and its permissions"
         problem = f"{error.filename or 'a file'}: {error.strerror or first_line(error)}"
         return RunStopped(f"{problem}; {remedy}, then retry")
     raise error
@@ -132,7 +133,7 @@ def _number(kind: type, least: float, most: float, wanted: str):
                 return kind(text)
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"{text}: give {wanted}")
+        raise argparse.ArgumentTypeError(f"{text}: expected {wanted}")
 
     return convert
 

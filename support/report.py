@@ -82,7 +82,7 @@ class Report:
         """Write all files of a finished run but model.pt; `result` comes from `evaluate`, `rows` from Run."""
         self.close()
         predicted = {"tokens-predicted": self.corpus.n_predictions(self.c.seq_len), "seq_len": self.c.seq_len}
-        flops, device = self.flops_per_step * self.c.num_training_steps, self.hardware.device
+        flops = self.flops_per_step * self.c.num_training_steps
         facts = {
             "seconds": seconds,
             "tokens-per-second": self.tokens_per_step * self.c.num_training_steps / seconds,
@@ -91,8 +91,6 @@ class Report:
             "device": str(self.hardware),
             "torch": torch.__version__,
         }
-        if device.type == "cuda":
-            facts["gpu-peak-memory-mib"] = torch.cuda.max_memory_allocated(device) / 2**20
         write_atomically(folder / "config.yaml", dump_config(self.c))
         write_atomically(folder / "eval.json", json_text({**result, **predicted}))
         write_atomically(folder / "run.json", json_text({**facts, **origin}))
@@ -103,7 +101,7 @@ class Report:
             write_atomically(folder / "metrics.csv", "\n".join([",".join(COLUMNS), *lines, ""]))
             try:
                 self._plot_curve(dict(zip(COLUMNS, np.array(metrics).T, strict=True)), folder / "curve.png")
-            except Exception as error:  # without matplotlib, for example
+            except Exception as error:
                 show_note(f"Could not draw curve.png: {first_line(error)}")
 
     def show_results(self, folder: Path) -> None:
@@ -174,28 +172,24 @@ def show_sample(folder: Path, generate: Callable[[str], str]) -> None:
     print("Next:", command("generate.py", checkpoint), command("classify.py", checkpoint), sep="\n  ")
 
 
-def start_wandb(c: TrainingConfig, run_id: str | None) -> str | None:
-    """Start a W&B run, or continue run_id, if there is a login or WANDB_MODE is offline; return its id."""
+def start_wandb(c: TrainingConfig) -> None:
+    """Start a W&B run if there is a login or WANDB_MODE is offline."""
     mode = os.environ.get("WANDB_MODE")
     try:
         settings = wandb.Settings(silent=True, console="off", init_timeout=10, finish_timeout=30)
         wandb.setup(settings)
         if mode != "disabled" and (mode == "offline" or wandb.login(prompt=False, verify=False)):
-            place = {"project": "decoder-from-scratch", "name": Path(c.output_dir).name, "id": run_id}
-            run_id = wandb.init(**place, resume="allow", config=dataclasses.asdict(c), settings=settings).id
+            place = {"project": "decoder-from-scratch", "name": Path(c.output_dir).name}
+            wandb.init(**place, config=dataclasses.asdict(c), settings=settings)
     except Exception as error:  # offline, a wrong key, a full disk: none of them may stop a training run
         show_note(f"W&B did not start ({first_line(error)}); metrics.csv has everything.")
-    return run_id
 
 
 def finish_wandb(result: dict | None) -> None:
-    """End the W&B run, if there is one, with these results, and print where it is; None marks it as failed."""
-    if (run := wandb.run) is None:
-        return
-    try:
-        place = f"wandb sync {run.settings.sync_dir} uploads it" if run.offline else run.url
-        run.summary.update(result or {})
-        wandb.finish(exit_code=int(result is None))
-        show_note(f"W&B: {place}")
-    except Exception as error:
-        show_note(f"W&B did not finish ({first_line(error)}); metrics.csv has everything.")
+    """End the W&B run, if there is one, with these results; None marks it as failed."""
+    if wandb.run is not None:
+        try:
+            wandb.run.summary.update(result or {})
+            wandb.finish(exit_code=int(result is None))
+        except Exception as error:
+            show_note(f"W&B did not finish ({first_line(error)}); metrics.csv has everything.")

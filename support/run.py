@@ -41,7 +41,7 @@ class Run:
         self.rows: list[list[float]] = []  # of each step done: loss, train-loss, learning-rate, val-loss or NaN
         self.seconds = self.save_seconds = 0.0  # spent training, and on the latest state
         self.saved_step = self.signal = 0
-        self.wandb_id = self.result = None
+        self.result: dict[str, float] | None = None
         self._handlers: dict = {}  # of signals, before the run
         self._lock = FileLock(self.folder / ".lock", timeout=0)  # the system releases it if its owner dies
 
@@ -57,7 +57,7 @@ class Run:
             same_step = self.world.maximum(self.saved_step) == (self.saved_step,)
             require(same_step, f"output_dir: the processes do not share the folder {self.folder}")
             if self.world.rank == 0 and not self.finished:
-                self.wandb_id = start_wandb(self.c, self.wandb_id)
+                start_wandb(self.c)
         except BaseException:
             self._lock.release()
             raise
@@ -89,7 +89,7 @@ class Run:
             self.optimizer.load_state_dict(earlier["optimizer"])
             set_random_state(earlier["random"][self.world.rank], self.device)
             self.rows, self.seconds = earlier["rows"].tolist(), earlier["seconds"]
-            self.wandb_id, self.saved_step = earlier["wandb-id"], len(self.rows)
+            self.saved_step = len(self.rows)
         except (OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path}: damaged ({first_line(error)}); {WAYS}") from None
         show_note(f"Resuming the interrupted run at step {self.saved_step} (--fresh starts over).")
@@ -145,7 +145,6 @@ class Run:
             "random": self.world.gather(random_state(self.device)),
             "rows": torch.tensor(self.rows, dtype=torch.float64),
             "seconds": self.seconds,
-            "wandb-id": self.wandb_id,
         }
         try:
             if self.world.rank == 0:
@@ -153,7 +152,7 @@ class Run:
             self.saved_step = len(self.rows)
         except (OSError, MemoryError) as error:
             show_note(f"Could not save the state ({first_line(error)}); training continues.")
-        self.world.maximum(0)  # torchrun ends all processes as soon as one exits: wait for the writer
+        self.world.wait()  # torchrun ends all processes as soon as one exits: wait for the writer
         self._last_save = time.perf_counter()
         self.save_seconds = self._last_save - started
 
@@ -161,7 +160,7 @@ class Run:
         """Write the files of the finished run, then remove the state. `result` comes from `evaluate`."""
         weights = {key: tensor.detach().cpu() for key, tensor in self.model.state_dict().items()}
         if not (math.isfinite(result["val-loss"]) and all(bool(w.isfinite().all()) for w in weights.values())):
-            raise FloatingPointError("the last update made the weights infinite")
+            raise FloatingPointError("the last update made the weights or the loss non-finite")
         if self.rows:
             self.rows[-1][-1] = result["val-loss"]
         else:  # a student's train() may ignore on_step
@@ -174,7 +173,7 @@ class Run:
         self.result = result
 
     def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
-        """Give everything back, and say where a stopped run would resume."""
+        """Restore the signal handlers, release the lock, and say how to resume."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         with suppress(OSError):  # the terminal may be gone
