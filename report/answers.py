@@ -168,6 +168,9 @@ def tuning() -> dict[str, float]:
     low, high = ([run["losses"]["choose"] for run in settings[f"2.5-d128-lr{rate}e-3"]] for rate in (4, 8))
     numbers |= {"seed 0, half 1: 0.004 leads by": high[0] - low[0], "range of 0.004": np.ptp(low)}
     numbers |= {"3 seeds, half 1: 0.008 leads by": np.mean(low) - np.mean(high)}
+    for rate in (4, 8):
+        losses = [run["losses"]["report"] for run in settings[f"2.5-d128-lr{rate}e-3"]]
+        numbers[f"3 seeds, half 2: perplexity at 0.00{rate}"] = math.exp(np.mean(losses))
     return numbers | of_mixture(settings["2.5-d128-lr4e-3"][0]["config"])
 
 
@@ -240,7 +243,10 @@ def sentiment() -> dict[str, float]:
     numbers = {name: boundary for name, (boundary, _) in boundaries.items()}
     numbers |= {"accuracy": plain, "calibrated accuracy": calibrated, "plus or minus": half_width}
     numbers |= {"called positive": (p > 0.5).mean(), "AUC": r["auc"], "reviews": r["n"]}
-    return numbers | {name: r[f"{name}-in-c4"] for name in ("good", "bad")}
+    counts = {name: r[f"{name}-in-c4"] for name in ("good", "bad")}
+    numbers |= {"share of good in C4": counts["good"] / sum(counts.values())}
+    numbers |= {"accuracy with the empty review's threshold": ((p > r["p-of-empty"]) == labels).mean()}
+    return numbers | counts
 
 
 QUESTIONS = {"2.2": schedules, "2.3": lengths, "2.4": faults, "2.5": tuning, "2.6": final}
