@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     kind.add_argument("--val_only", action="store_true", help="an .npz without tokens to train on")
     args = parser.parse_args(argv)
 
-    source, out, is_npz = args.source, args.out, args.out.suffix == ".npz"
+    source, out, is_npz = args.source, args.out, args.out.suffix.lower() == ".npz"
     with exit_on_user_error():
         on_disk = Path(source).exists()
         require(on_disk or source.startswith(HUB), f"{source}: no such file or folder")

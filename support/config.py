@@ -4,6 +4,7 @@ config = load_config("configs/GPT-tiny.yaml", ["max_lr=1e-3", "model_config.n_em
 """
 
 import dataclasses
+import json
 import re
 import reprlib
 from argparse import Namespace
@@ -104,7 +105,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     weights.add_argument("--init", metavar="CHECKPOINT", help="start from these weights (overrides the key init)")
     weights.add_argument("--evaluate", metavar="CHECKPOINT", help="evaluate this checkpoint, then exit")
     args = parser.parse_args(argv)
-    args.set += [f"output_dir=outputs/{args.name}"] if args.name else []
+    args.set += [f"output_dir={json.dumps(f'outputs/{args.name}')}"] if args.name else []  # quoted: "run #1"
     return args
 
 

@@ -117,6 +117,9 @@ class ArgumentParser(argparse.ArgumentParser):
         if unknown:
             near = get_close_matches(unknown[0].partition("=")[0].replace("-", "_"), flags, n=1)
             self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {flags[near[0]]}?" if near else ""))
+        for name, value in vars(namespace).items():  # with an unset variable, --evaluate "$FILE" would train
+            if value == "":
+                self.error(f"argument {name}: empty; give a value or leave it out")
         return namespace
 
     def error(self, message: str) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,11 +29,12 @@ def text_files(path: Path) -> list[Path]:
 def read_documents(path: Path) -> Iterator[str]:
     """The documents of a file or of a folder's files, in order.
 
-    Those of JSON lines or of a JSON list are the fields `text`; in any other file `<|endoftext|>` separates them.
+    Those of JSON or csv are the fields `text`; in any other file `<|endoftext|>` separates them.
     """
     for file in text_files(path):
-        if is_json(file):
-            yield from (record["text"] for _, record in read_json(file))
+        if is_json(file) or is_csv(file):
+            records = read_json(file) if is_json(file) else read_csv(file)
+            yield from (record["text"] or "" for _, record in records)
             continue
         parts = []
         for line in read_lines(file):
@@ -67,6 +68,12 @@ def is_json(path: Path) -> bool:
     if any(suffix.lower() in (".json", ".jsonl", ".ndjson") for suffix in path.suffixes):
         return True
     return re.match(r'\s*\{\s*"', next(filter(str.strip, read_lines(path)), "")) is not None
+
+
+def is_csv(path: Path) -> bool:
+    """Whether a file is csv: by its name, or because its first line names the columns `text` and `label`."""
+    columns = {column.strip(' "\n').lower() for column in re.split("[,;\t]", next(read_lines(path), ""))}
+    return path.name.lower().endswith((".csv", ".tsv", ".csv.gz", ".tsv.gz")) or {"text", "label"} <= columns
 
 
 def read_json(path: Path, key: str = "text") -> Iterator[tuple[str, dict]]:
@@ -108,23 +115,22 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         for row in filter(None, rows):
             problem = f"{path}, line {rows.line_num}: more fields than columns"
             require(len(row) <= len(header), f"{problem}; put a text that has commas into double quotes")
-            yield f"{path}, line {rows.line_num}", dict(zip(header, row, strict=False))
+            yield f"{path}, line {rows.line_num}", dict(zip_longest(header, row))
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num}: invalid csv ({error}); fix it") from None
 
 
 def read_reviews(path: Path) -> Iterator[tuple[str, int | None]]:
-    """(text, label) of each row of a csv, parquet or JSON file, or (line, None) of each line of another text file.
+    """(text, label) of each row of a csv, parquet or JSON file, or (line, None) of each line of any other.
 
     The label is 0 or 1, or None if there is none.
     """
-    kind = path.name.lower()
-    if kind.endswith(".parquet"):
+    if path.suffix.lower() == ".parquet":
         records = read_parquet(path)
-    elif kind.endswith((".csv", ".tsv", ".csv.gz")):
-        records = read_csv(path)
     elif is_json(path):
         records = read_json(path)
+    elif is_csv(path):
+        records = read_csv(path)
     else:
         lines = enumerate(read_lines(path), start=1)
         records = ((f"{path}, line {n}", {"text": line.strip()}) for n, line in lines if line.strip())

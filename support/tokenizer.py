@@ -26,7 +26,7 @@ from support.errors import UserError, require
 from support.files import DATA, atomic_file, write_atomically
 
 TOKEN = "<u2"  # 16 bits, for ids up to 65,535
-FORMAT = 6  # raise it when the split or the tokenisation changes: texts are then converted again
+FORMAT = 7  # raise it when the split or the tokenisation changes: texts are then converted again
 BLANKS = re.compile(r"(\s{1000})\s+")
 VOCABULARY = DATA / "gpt2.tiktoken"
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"

@@ -249,6 +249,7 @@ BAD_ARGUMENTS = {
     "cuda": (train, ["course.yaml", "--set", "device=cuda:99"], ["cuda"]),
     "temperature": (generate, ["--temperature", "-1"], ["temperature", "-1"]),
     "mistyped flag": (generate, ["--temprature", "1"], ["temprature", "temperature"]),
+    "unset variable": (train, ["course.yaml", "--evaluate", ""], ["evaluate"]),
     "bad line": (generate, ["--prefixes", "bad.jsonl"], ["bad.jsonl", "line 2"]),
     "no reviews": (classify, ["--data", "nowhere.csv"], ["nowhere.csv"]),
 }

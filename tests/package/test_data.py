@@ -202,7 +202,7 @@ def test_tokenizer_is_gpt2s():
     ("name", "content"),
     [
         ("a.csv", '\ufefflabel,stars,text\n1,5,"Good, ""really""\ngood"\n0,1,C:\\new bad\n\n'),
-        ("B.CSV", 'Text,Label\n"Good, ""really""\ngood",1.0\nC:\\new bad,0.0\n'),
+        ("B.TXT", 'Text,Label\n"Good, ""really""\ngood",1.0\nC:\\new bad,0.0\n'),
         ("c.csv", 'text;label\n"Good, ""really""\ngood";1\nC:\\new bad;0\n'),
         ("d.json", '{"label": 0, "text": "C:\\\\new bad"}\n{"text": "Good, \\"really\\"\\ngood", "label": 1}\n'),
     ],
