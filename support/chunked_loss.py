@@ -107,8 +107,10 @@ def compiled(loss_fn: nn.Module, device: torch.device) -> nn.Module:
 
     Raises UserError if nothing can be compiled, for example on a CPU without a C++ compiler.
     """
-    torch._inductor.config.shape_padding = False  # it would copy the logits
     try:
+        from torch._inductor import config
+
+        config.shape_padding = False  # it would copy the logits
         torch.compile(torch.sin)(torch.ones(8, device=device))
     except Exception as error:  # depends on what the device's compiler lacks
         needed = "a C++ compiler such as g++" if device.type == "cpu" else "gcc and Python's headers (python3-dev)"
