@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         predictions = [classify_binary_sentiment(logits, [0, 1], calibrate) for calibrate in (False, True)]
         thresholds = [decision_boundary(p, calibrate) for calibrate in (False, True)]
         summary = results.show_accuracies(reviews, p, predictions, thresholds)
-        results.write_classification(trained, folder, reviews, p, predictions, args.calibrate, summary, seconds)
+        results.write_classification(trained, folder, reviews, p, predictions, args, summary, seconds)
 
 
 if __name__ == "__main__":

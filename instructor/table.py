@@ -27,7 +27,7 @@ def reasons_of(result: dict) -> list[str]:
         groups_of.setdefault(message, []).append(f"{row['question']} {row['part']}")
     reasons = [f"{', '.join(groups)}: {message}" for message, groups in groups_of.items()]
     if advice := [message for message in result["advice"] if points.NOT_WRITTEN not in message]:
-        reasons.append(f"optional, no points: {len(advice)} tests, first {advice[0]}")
+        reasons.append(f"optional, no points ({len(advice)} failed): {advice[0]}")
     return [plain(reason) for reason in reasons + result["notes"]]
 
 

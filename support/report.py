@@ -125,7 +125,7 @@ class Report:
         heading("result")
         print("  " + bold(f"validation loss {loss:.3f} nats, perplexity {perplexity:.1f}") + f"\n  {meaning}\n")
         files = ", ".join(sorted(path.name for path in folder.glob("[!.]*.*")))
-        show_facts({"trained": trained, "evaluated": evaluated, "written": f"{folder}/ {files}"})
+        show_facts({"trained": trained, "evaluated": evaluated, "files": f"{folder}/ {files}"})
 
     def _plot_curve(self, metrics: dict[str, np.ndarray], path: Path) -> None:
         """Plot the losses with two reference lines (in nats), and the learning rate below them, over steps."""
@@ -169,7 +169,8 @@ def show_sample(folder: Path, generate: Callable[[str], str]) -> None:
         show_text(prompt, continuation)
     except Exception as error:  # generate() may be unfinished: no reason to fail after hours of training
         show_note(f"No sample text: generate() raised {type(error).__name__} ({first_line(error)}).")
-    print("Next:", command("generate.py", checkpoint), command("classify.py", checkpoint), sep="\n  ")
+    sampling = command("generate.py", checkpoint, "--temperature", 0.8)
+    print("Next:", sampling, command("classify.py", checkpoint), sep="\n  ")
 
 
 def start_wandb(c: TrainingConfig) -> None:

@@ -99,8 +99,8 @@ def show_classification_header(trained: TrainedModel, reviews: Reviews, template
         facts += ", without labels"
     else:
         facts += f" that fit into {n_positions} tokens, {np.mean(reviews.labels):.1%} positive"
-    prompt = f"{template!r}, then {labels[1]!r} or {labels[0]!r}"
-    show_facts({**trained.facts(), "reviews": facts, "prompt": prompt})
+    answers = f"{labels[1]!r} or {labels[0]!r}"
+    show_facts({**trained.facts(), "reviews": facts, "prompt": repr(template), "answers": answers})
 
 
 def show_accuracies(
@@ -130,26 +130,30 @@ def write_classification(
     reviews: Reviews,
     p: torch.Tensor,
     predictions: list[list[int]],
-    calibrate: bool,
+    args: Namespace,
     summary: dict,
     seconds: float,
 ) -> None:
-    """Write classification.csv, .json and .png; `calibrate` chooses the predictions, scoring took `seconds`."""
-    table = {"text": reviews.texts, "p": p.tolist(), "prediction": predictions[calibrate]}
+    """Write classification.csv, .json and .png; args.calibrate chooses the predictions, scoring took `seconds`."""
+    table = {"text": reviews.texts, "p": p.tolist(), "prediction": predictions[args.calibrate]}
     if reviews.labels is not None:
         table["label"] = reviews.labels
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([table, *zip(*table.values(), strict=True)])
     write_atomically(folder / "classification.csv", file.getvalue())
-    summary = {"checkpoint": str(trained.path), **summary, "predictions": KINDS[calibrate]}
+    summary = {"checkpoint": str(trained.path), **summary, "predictions": KINDS[args.calibrate]}
     write_atomically(folder / "classification.json", json_text(summary))
     try:
         title = f"{trained.path}, {reviews.name}"
         plot_histogram(p.numpy(), reviews.labels, summary["boundary"], title, folder / "classification.png")
     except Exception as error:  # no matplotlib, for example
         show_note(f"Could not draw classification.png: {first_line(error)}")
-    other = ("generate.py", trained.path) if calibrate else ("classify.py", trained.path, "--calibrate")
-    print(f"\nNext:\n  {command(*other)}\n")
+    data = ("--data", args.data) if args.data else ()
+    if args.calibrate:
+        following = command("generate.py", trained.path, "--temperature", 0.8)
+    else:
+        following = command("classify.py", trained.path, *data, "--calibrate")
+    print(f"\nNext:\n  {following}\n")
     print(f"{len(p)} reviews in {seconds:.1f} s, written to {folder / 'classification'}.csv, .json, .png")
 
 

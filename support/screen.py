@@ -25,16 +25,21 @@ def heading(title: str) -> None:
 def show_facts(facts: dict[str, str]) -> None:
     """One `name  value` line each, values aligned and, on a terminal, wrapped at spaces."""
     column = max(map(len, facts)) + 4
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     for name, value in facts.items():
-        lines = textwrap.wrap(value, max(width - column - 1, 20), break_long_words=False, break_on_hyphens=False)
-        print(f"  {name}".ljust(column) + ("\n" + " " * column).join(lines))
+        print(f"  {name}".ljust(column) + _wrapped(value, column))
     print(flush=True)
+
+
+def _wrapped(text: str, indent: int) -> str:
+    """The text, on a terminal wrapped at spaces, with further lines indented."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    lines = textwrap.wrap(text, max(width - indent - 1, 20), break_long_words=False, break_on_hyphens=False)
+    return ("\n" + " " * indent).join(lines)
 
 
 def show_note(note: str) -> None:
     """A line that must not be missed, such as a warning; it does not break a progress bar."""
-    tqdm.write(f"  {bold(note)}\n")
+    tqdm.write(f"  {bold(_wrapped(note, 2))}\n")
 
 
 def show_text(prompt: str, continuation: str) -> None:
