@@ -10,6 +10,7 @@ OUT is a folder, which training memory-maps, or an .npz. Documents are taken in 
 so shuffle a source that is sorted. Tokens are kept on disk, not in memory.
 """
 
+import os
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
@@ -93,6 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         on_disk = Path(source).exists()
         require(on_disk or source.startswith(HUB), f"{source}: no such file or folder")
         require(out.parent.is_dir(), f"{out.parent}: no such folder")
+        require(os.access(out.parent, os.W_OK), f"{out.parent}: cannot be written; name another folder")
         require(not (on_disk and out.exists() and out.samefile(source)), f"{out} is the source; name another file")
         require(is_npz or not out.is_file(), f"{out} is a file; write to an .npz or to a folder")
         require(is_npz or not args.val_only, f"--val-only: {out} is a folder, which needs train too; use an .npz")

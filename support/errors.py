@@ -37,6 +37,9 @@ def exit_on_user_error():
 
     The command ends quietly if nobody reads its output any more (a closed pipe or terminal).
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed before the start, as for a daemon
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console may lack a character of a generated text
             stream.reconfigure(errors="replace", line_buffering=True)
@@ -53,7 +56,7 @@ def exit_on_user_error():
             print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
         raise SystemExit(error.status) from None
     finally:
-        for stream in filter(None, (sys.stdout, sys.stderr)):
+        for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
             except OSError:  # Python would try again when it exits, and report the failure
