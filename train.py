@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
         def validate(tokens) -> dict[str, float]:
             options = accepted(sequential_batch_sampler, drop_last=False)
             batches = sequential_batch_sampler(tokens, "cpu", c.batch_size, c.seq_len, **options)
-            return evaluate(model, batches_on(device, batches), autocast, loss_fn=loss_fn)
+            return evaluate(model, batches_on(device, batches), autocast, **accepted(evaluate, loss_fn=loss_fn))
 
         if args.evaluate:
             return show_evaluation(c, corpus, hardware, validate(corpus.val))

@@ -174,7 +174,7 @@ def show_sample(folder: Path, generate: Callable[[str], str]) -> None:
 
 
 def start_wandb(c: TrainingConfig) -> None:
-    """Start a W&B run if there is a login or WANDB_MODE is offline."""
+    """Start a W&B run; without a login or WANDB_MODE=offline a disabled one, as a student's train() may log."""
     mode = os.environ.get("WANDB_MODE")
     try:
         settings = wandb.Settings(silent=True, console="off", init_timeout=10, finish_timeout=30)
@@ -182,8 +182,10 @@ def start_wandb(c: TrainingConfig) -> None:
         if mode != "disabled" and (mode == "offline" or wandb.login(prompt=False, verify=False)):
             place = {"project": "decoder-from-scratch", "name": Path(c.output_dir).name}
             wandb.init(**place, config=dataclasses.asdict(c), settings=settings)
+            return
     except Exception as error:  # offline, a wrong key, a full disk: none of them may stop a training run
         show_note(f"W&B did not start ({first_line(error)}); metrics.csv has everything.")
+    wandb.init(mode="disabled")
 
 
 def finish_wandb(result: dict | None) -> None:

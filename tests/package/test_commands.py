@@ -107,8 +107,15 @@ def raising(error):
 
 def test_unfinished_student_code_costs_only_what_it_does(tmp_path, monkeypatch, quick):
     """A train() without the package's extras, and generate() not written yet, as in the starter edition."""
-    original_train, original_batches = train.train, train.sequential_batch_sampler
-    monkeypatch.setattr(train, "train", lambda a, b, c, d, e, f, g: original_train(a, b, c, d, e, f, g))
+    originals = train.train, train.sequential_batch_sampler, train.evaluate
+    original_train, original_batches, original_evaluate = originals
+
+    def plain_train(model, batches, optimizer, schedule, autocast, steps, accumulation):
+        original_train(model, batches, optimizer, schedule, autocast, steps, accumulation)
+        train.wandb.log({"train-loss": 1.0})  # also without a login
+
+    monkeypatch.setattr(train, "train", plain_train)
+    monkeypatch.setattr(train, "evaluate", lambda a, b, c: original_evaluate(a, b, c))
     monkeypatch.setattr(train, "sequential_batch_sampler", lambda a, b, c, d: original_batches(a, b, c, d))
     monkeypatch.setattr(generate, "generate", raising(NotImplementedError("question 3.1: not written yet")))
     tiny = TinyRun(tmp_path)
@@ -121,7 +128,7 @@ def test_unfinished_student_code_costs_only_what_it_does(tmp_path, monkeypatch, 
 
 def test_wandb_that_fails_is_a_note_and_memory_that_runs_out_one_sentence(tmp_path, monkeypatch, capsys, quick):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(train.wandb, "init", raising(RuntimeError("the server is on fire")))
+    monkeypatch.setattr(train.wandb, "setup", raising(RuntimeError("the server is on fire")))
     tiny = TinyRun(tmp_path)
     assert tiny.main() == 0
     assert "on fire" in capsys.readouterr().out
