@@ -34,13 +34,17 @@ from child import COPIED, fresh_folder, in_report, run_python, run_tests, why_it
 from submit import CODE, PACKAGES, inspect_code  # noqa: E402
 from table import plain, total, write_table  # noqa: E402
 
+from support.data import read_tokens  # noqa: E402
 from support.errors import ArgumentParser, exit_on_user_error, first_line, positive_int, require  # noqa: E402
 from support.files import write_atomically  # noqa: E402
+from support.screen import show_note  # noqa: E402
+from support.tokenizer import get_tokenizer  # noqa: E402
 
 FILES = list(dict.fromkeys(file for _, file in points.GROUPS.values()))
 SECONDS_FILE, SECONDS_GROUP, SECONDS_PERPLEXITY = 300, 60, 1800  # of wall-clock time
 MOST_BYTES = dict.fromkeys(CODE, 1 << 20) | {"config.yaml": 1 << 20, "model.pt": 200 << 20}  # unpacked
 MOST_PERPLEXITY = 50  # question 2.6
+FEW_TOKENS = 50_000  # to measure it on
 CONTAINERS = "/.dockerenv", "/run/.containerenv", "/run/systemd/container", "/var/run/secrets/kubernetes.io"
 
 
@@ -199,11 +203,22 @@ def main(argv: list[str] | None = None) -> None:
         require(not missed, f"not graded: {', '.join(missed)}; see {args.out}/grades.md, then rerun")
 
 
+def check_test_tokens(path: Path) -> None:
+    """Raise UserError if the file has no tokens; print a note if it has few."""
+    require(path.is_file(), f"{path}: no such file")
+    _, val = read_tokens(path, get_tokenizer().n_vocab)
+    if len(val) < FEW_TOKENS:
+        show_note(
+            f"{path} has {len(val):,} tokens: perplexity on so few is mostly chance; use {FEW_TOKENS:,} or more."
+        )
+
+
 def grade_folder(hand_ins: Path, out: Path, test_tokens: Path | None = None, jobs: int = 1) -> dict[str, dict]:
     """Grade each zip file of the folder that is new; return all results by name. UserError if there is none."""
     zips = sorted(path for path in hand_ins.glob("*") if path.suffix.lower() == ".zip")
     require(bool(zips), f"{hand_ins}: no .zip file in this folder")
-    require(not test_tokens or test_tokens.is_file(), f"{test_tokens}: no such file")
+    if test_tokens:
+        check_test_tokens(test_tokens)
     (out / "details").mkdir(parents=True, exist_ok=True)
     expected = expected_tests()
     rules = [path for pattern in (*COPIED, "instructor/*.py") for path in sorted(ROOT.glob(pattern))]

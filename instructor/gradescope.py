@@ -43,6 +43,8 @@ exec "${PYTHON:-/opt/grader/bin/python}" "$base/source/instructor/gradescope.py"
 
 def build(out: Path, test_tokens: Path | None) -> None:
     """Write the zip file; the tests to expect are collected now, with the solution."""
+    if test_tokens:
+        grade.check_test_tokens(test_tokens)
     expected = grade.expected_tests()
     with atomic_file(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(path for pattern in PACKED for path in ROOT.glob(pattern)):

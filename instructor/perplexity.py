@@ -49,6 +49,7 @@ def perplexity(tokens: str, shipped: str) -> float:
     with np.load(tokens) as file:
         val = torch.from_numpy(file["val"].astype(np.int64))
     rows = val[: len(val) // S * S].view(-1, S)
+    require(len(rows) > 0, f"seq_len = {S}, more than all test tokens")
     require(not sees_the_future(model, rows[:2]), "the model sees the future: its logits depend on later tokens")
     total = 0.0
     for input_ids in rows.split(max(1, BATCH_TOKENS // S)):
