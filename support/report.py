@@ -157,6 +157,8 @@ def show_evaluation(c: TrainingConfig, corpus: Corpus, hardware: Device, result:
     predicted = f"{corpus.n_predictions(c.seq_len):,} predicted tokens in rows of seq_len {c.seq_len}"
     show_facts({"data": f"the val split of {corpus.name}, {predicted}", "device": str(hardware)})
     loss, perplexity = result["val-loss"], result["val-perplexity"]
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the validation loss is {loss}")
     print("  " + bold(f"validation loss {loss:.4f} nats per token, perplexity {perplexity:.5g}"))
 
 
@@ -179,13 +181,12 @@ def start_wandb(c: TrainingConfig) -> None:
     try:
         settings = wandb.Settings(silent=True, console="off", init_timeout=10, finish_timeout=30)
         wandb.setup(settings)
-        if mode != "disabled" and (mode == "offline" or wandb.login(prompt=False, verify=False)):
-            place = {"project": "decoder-from-scratch", "name": Path(c.output_dir).name}
-            wandb.init(**place, config=dataclasses.asdict(c), settings=settings)
-            return
+        is_wanted = mode != "disabled" and (mode == "offline" or wandb.login(prompt=False, verify=False))
+        place = {"project": "decoder-from-scratch", "name": Path(c.output_dir).name}
+        place["mode"] = None if is_wanted else "disabled"
+        wandb.init(**place, config=dataclasses.asdict(c), settings=settings)
     except Exception as error:  # offline, a wrong key, a full disk: none of them may stop a training run
         show_note(f"W&B did not start ({first_line(error)}); metrics.csv has everything.")
-    wandb.init(mode="disabled")
 
 
 def finish_wandb(result: dict | None) -> None:

@@ -128,7 +128,7 @@ def test_unfinished_student_code_costs_only_what_it_does(tmp_path, monkeypatch, 
 
 def test_wandb_that_fails_is_a_note_and_memory_that_runs_out_one_sentence(tmp_path, monkeypatch, capsys, quick):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(train.wandb, "setup", raising(RuntimeError("the server is on fire")))
+    monkeypatch.setattr(train.wandb, "init", raising(RuntimeError("the server is on fire")))
     tiny = TinyRun(tmp_path)
     assert tiny.main() == 0
     assert "on fire" in capsys.readouterr().out
