@@ -248,7 +248,7 @@ def grade_folder(hand_ins: Path, out: Path, test_tokens: Path | None = None, job
             got = "{} of {}".format(*total(result)) if result["rows"] else "NOT GRADED"
             tqdm.write(f"{plain(name):<24} {got}")
             write_table(out, results)
-    print(f"{out}/grades.md, {out}/grades.csv: {len(results)} hand-ins")
+    print(f"{out}/grades.md, {out}/grades.csv: {len(results)} hand-in{'s' * (len(results) != 1)}")
     return results
 
 
