@@ -25,7 +25,7 @@ from support.screen import show_note
 
 STATE = "training_state.pt"  # exists while a run is unfinished
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-WAYS = "choose another folder with --name NAME, or replace that run with --fresh"
+WAYS = "choose another folder with --set output_dir=outputs/NAME, or replace that run with --fresh"
 
 
 class Run:
@@ -81,7 +81,7 @@ class Run:
             require(not differing, f"{self.folder}: the run there has {', '.join(differing)}; {WAYS}")
             if self.finished:
                 again = "--fresh trains it again and replaces these results"
-                show_note(f"This run has already finished. {again}; --name NAME trains another.")
+                show_note(f"This run has already finished. {again}; --set output_dir=outputs/NAME trains another.")
                 return
             n, n_here = len(earlier["random"]), self.world.size
             require(n == n_here, f"{self.folder}: the run there has {n} processes, not {n_here}; {WAYS}")

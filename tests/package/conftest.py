@@ -20,10 +20,12 @@ for folder in ("report", "instructor"):
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """Let Ctrl-C reach the tests also if a shell started them in the background, ignoring it."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Let signals reach the tests also if a shell (in the background, with nohup) started them ignoring these."""
+    usual = {signal.SIGINT: signal.default_int_handler, getattr(signal, "SIGHUP", signal.SIGTERM): signal.SIG_DFL}
+    former = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    signal.signal(signal.SIGINT, former)
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
