@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         report = Report(c, model, tokenizer.n_vocab, corpus, hardware, world)
         report.show_plan()
         if args.dry_run:
-            return
+            return print("Dry run: nothing was trained.")
         train_loss_fn = world.distribute(compiled(loss_fn, device) if c.compile else loss_fn, c, autocast)
         with Run(report, model, optimizer, validate, args.fresh) as run:
             if run.finished:

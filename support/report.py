@@ -18,7 +18,7 @@ from support.data import Corpus, unigram_entropy
 from support.device import Device
 from support.errors import UserError, first_line
 from support.files import atomic_file, json_text, write_atomically
-from support.screen import bold, command, count, duration, heading, show_facts, show_note, show_text
+from support.screen import bold, command, count, duration, heading, show_facts, show_note, show_text, wrapped
 
 COLUMNS = ("step", "tokens", "flops", "loss", "train-loss", "learning-rate", "val-loss")  # of metrics.csv
 
@@ -49,9 +49,9 @@ class Report:
                 "device": f"{self.hardware}" + f", {self.world.size} processes" * (self.world.size > 1),
                 "model": size + (f", weights of {c.init}" if c.init else ""),
                 "data": f"{corpus.name}: {split}",
-                "training": f"{steps} ({n_tokens / n_train:,.1f} times the data)",
+                "training": f"{steps} ({n_tokens / n_train:.2g} passes over the data)",
                 "compute": f"{self.flops_per_step * n_steps:.3g} FLOPs",
-                "ln V": f"{self.ln_vocab:.3f} nats, the loss of a uniform guess",
+                "uniform": f"{self.ln_vocab:.3f} nats, the loss of a guess that knows nothing",
                 "unigrams": f"{self.unigrams:.3f} nats, the loss of a guess that knows only word frequencies",
             }
         )
@@ -62,7 +62,7 @@ class Report:
         text = f"loss {train_loss:.3f}  lr {learning_rate:.1e}  {speed:,.0f} tok/s"
         if not math.isnan(val_loss):
             tqdm.write(f"step {n_done}/{n_steps}  validation loss {val_loss:.3f}")
-            if wandb.run is not None:
+            if wandb.run:
                 wandb.log({"val-loss": val_loss}, step=n_done - 1)
         if sys.stderr.isatty():
             layout = "{n_fmt}/{total_fmt} {bar:16} {remaining} left{postfix}"
@@ -109,23 +109,23 @@ class Report:
         try:
             evaluation, run = (json.loads((folder / name).read_bytes()) for name in ("eval.json", "run.json"))
             loss, perplexity = evaluation["val-loss"], evaluation["val-perplexity"] or math.inf
-            speed = f"{run['tokens-per-second']:,.0f} tokens/s, {run['tflops']:.3f} TFLOPS"
-            trained = f"{self.c.num_training_steps} steps in {duration(run['seconds'])}, {speed}"
+            trained = f"{self.c.num_training_steps} steps in {duration(run['seconds'])}, "
+            trained += f"{run['tokens-per-second']:,.0f} tokens/s, {run['tflops']:.3f} TFLOPS"
             evaluated = f"{evaluation['tokens-predicted']:,} predicted tokens, seq_len {evaluation['seq_len']}"
             below_uniform, below_unigrams = self.ln_vocab - loss, self.unigrams - loss
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UserError(f"{folder}: unreadable results ({first_line(error)}); --fresh starts over") from None
-        meaning = f"{below_uniform:.2f} below a uniform guess"
+        where = f"{abs(below_unigrams):.2f} {'above' if below_unigrams < 0 else 'below'} word frequencies alone"
+        uses_context = below_unigrams >= 0.1  # nats; less can be chance
+        meaning = "the model is using context" if uses_context else "train longer or with a higher max_lr"
+        meaning = f"{below_uniform:.2f} below a uniform guess and {where}: {meaning}."
         if below_uniform <= 0:
             meaning = "No better than a uniform guess: nothing was learned."
-        elif below_unigrams < 0.1:  # nats; less can be chance
-            meaning += ", not clearly below word frequencies alone: train longer or with a higher max_lr."
-        else:
-            meaning += f" and {below_unigrams:.2f} below word frequencies alone: the model is using context."
         heading("result")
-        print("  " + bold(f"validation loss {loss:.3f} nats, perplexity {perplexity:.1f}") + f"\n  {meaning}\n")
-        files = ", ".join(sorted(path.name for path in folder.glob("[!.]*.*")))
-        show_facts({"trained": trained, "evaluated": evaluated, "files": f"{folder}/ {files}"})
+        print("  " + bold(f"validation loss {loss:.3f} nats, perplexity {perplexity:.1f}"))
+        print(f"  {wrapped(meaning, 2)}\n")
+        names = " ".join(sorted(path.name for path in folder.glob("[!.]*.*")))
+        show_facts({"trained": trained, "evaluated": evaluated, "files": f"{folder}/ {names}"})
 
     def _plot_curve(self, metrics: dict[str, np.ndarray], path: Path) -> None:
         """Plot the losses with two reference lines (in nats), and the learning rate below them, over steps."""
@@ -172,7 +172,7 @@ def show_sample(folder: Path, generate: Callable[[str], str]) -> None:
     except Exception as error:  # generate() may be unfinished: no reason to fail after hours of training
         show_note(f"No sample text: generate() raised {type(error).__name__} ({first_line(error)}).")
     sampling = command("generate.py", checkpoint, "--temperature", 0.8)
-    print("Next:", sampling, command("classify.py", checkpoint), sep="\n  ")
+    print("Next:", sampling, command("classify.py", checkpoint, "--data", "sample"), sep="\n  ")
 
 
 def start_wandb(c: TrainingConfig) -> None:

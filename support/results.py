@@ -85,7 +85,7 @@ def write_texts(trained: TrainedModel, folder: Path, pairs: list[tuple[str, str]
     path = folder / "generation.jsonl"
     write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     print(f"Next:\n  {command('generate.py', trained.path, '--interactive', '--temperature', 0.8)}")
-    print(f"  {command('classify.py', trained.path)}\n")
+    print(f"  {command('classify.py', trained.path, '--data', 'sample')}\n")
     print(f"{len(pairs)} text{'s' * (len(pairs) != 1)} in {seconds:.1f} s, written to {path}")
 
 
@@ -148,12 +148,7 @@ def write_classification(
         plot_histogram(p.numpy(), reviews.labels, summary["boundary"], title, folder / "classification.png")
     except Exception as error:  # no matplotlib, for example
         show_note(f"Could not draw classification.png: {first_line(error)}")
-    data = ("--data", args.data) if args.data else ()
-    if args.calibrate:
-        following = command("generate.py", trained.path, "--temperature", 0.8)
-    else:
-        following = command("classify.py", trained.path, *data, "--calibrate")
-    print(f"\nNext:\n  {following}\n")
+    print(f"\nNext:\n  {command('generate.py', trained.path, '--temperature', 0.8)}\n")
     print(f"{len(p)} reviews in {seconds:.1f} s, written to {folder / 'classification'}.csv, .json, .png")
 
 

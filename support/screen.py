@@ -26,11 +26,11 @@ def show_facts(facts: dict[str, str]) -> None:
     """One `name  value` line each, values aligned and, on a terminal, wrapped at spaces."""
     column = max(map(len, facts)) + 4
     for name, value in facts.items():
-        print(f"  {name}".ljust(column) + _wrapped(value, column))
+        print(f"  {name}".ljust(column) + wrapped(value, column))
     print(flush=True)
 
 
-def _wrapped(text: str, indent: int) -> str:
+def wrapped(text: str, indent: int) -> str:
     """The text, on a terminal wrapped at spaces, with further lines indented."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     lines = textwrap.wrap(text, max(width - indent - 1, 20), break_long_words=False, break_on_hyphens=False)
@@ -39,7 +39,7 @@ def _wrapped(text: str, indent: int) -> str:
 
 def show_note(note: str) -> None:
     """A line that must not be missed, such as a warning; it does not break a progress bar."""
-    tqdm.write(f"  {bold(_wrapped(note, 2))}\n")
+    tqdm.write(f"  {bold(wrapped(note, 2))}\n")
 
 
 def show_text(prompt: str, continuation: str) -> None:
