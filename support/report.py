@@ -144,7 +144,7 @@ class Report:
         label = f"validation, {val_losses[-1]:.3f} at the end" + ", before on a part" * int(known.sum() > 1)
         above.plot(steps[known], val_losses[known], "o-", color="C2", clip_on=False, label=label)
         above.set(ylabel="loss (nats per token)", title=f"{path.parent.name} on {self.corpus.name}")
-        above.legend(frameon=False)
+        above.legend(edgecolor="none", framealpha=0.9)
         below.plot(steps, metrics["learning-rate"], color="C1", linewidth=1.8)
         below.set(ylabel="learning rate", xlabel="training step", ylim=(0, None))
         below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
