@@ -171,21 +171,22 @@ class Tally:
         if not rows or self.config.option.collectonly:
             return
         terminalreporter.section("points")
-        line = "{:<10}{:<34}{:>12}{:>10}  {}".format
-        write(line("question", "part", "tests passed", "points", "").rstrip())
         columns, indent = max(60, shutil.get_terminal_size().columns), " " * 10
         wrap = textwrap.TextWrapper(columns, initial_indent=indent, subsequent_indent=indent).fill
+        wrap_row = textwrap.TextWrapper(columns, subsequent_indent=indent).fill
+        line = "{:<10}{:<34}{:>12}{:>10}  {}".format
+        write(line("question", "part", "tests passed", "points", "").rstrip())
         said = None
         for row in rows:
             points = f"{'–' if row['points'] is None else row['points']} / {row['max']}"
             failures = row["output"].splitlines() or [""]
             remark = failures[0] if row["points"] is None or _is_not_written(failures[0]) else ""
-            write(line(row["question"], row["part"], row["tests"], points, remark).rstrip())
+            write(wrap_row(line(row["question"], row["part"], row["tests"], points, remark).rstrip()))
             if failures[0] not in (remark, said):  # a broken file is reported once
                 write(wrap(_first_of(failures)))
                 said = failures[0]
-        remark = f"– / {PERPLEXITY_POINTS}", "graded by the course"
-        write(line("2.6", "perplexity of model.pt under 50", "", *remark))
+        points = f"– / {PERPLEXITY_POINTS}"
+        write(line("2.6", "perplexity under 50, by the course", "", points, "").rstrip())
         points = sum(row["points"] or 0 for row in rows)
         possible = sum(row["max"] for row in rows if row["points"] is not None)
         write(line("total", "", "", f"{points} / {possible}", "").rstrip())
